@@ -1,0 +1,135 @@
+"""Every error that lamina raises on purpose.
+
+    LaminaError              what happened, with which value, and what to do next
+      ConfigError            a plan, an option or a folder cannot work; nothing has been started
+        PortInUseError       the address to listen on is taken
+        DataError            a device's data is missing, of the wrong shape, or holds a value that is not legal
+      ExportError            the model cannot be turned into programs
+        CutError             the model cannot be cut into segments
+        ParityError          a program does not compute what eager PyTorch computes
+      BundleError            a file does not hold what its manifest says
+        HashMismatchError    the bytes have another sha256 than promised
+        TensorFileError      a tensor file is damaged, or holds other tensors than expected
+      ProtocolError          the coordinator refuses a request
+        NotEnrolledError     the token is missing, wrong or revoked
+        UnknownNameError     no such device, run, stage, round or blob
+        RoundClosedError     the round no longer takes this message
+        UpdateRejectedError  an update is not one that this round can count
+        TooLargeError        a body is larger than any legal one
+      EngineError            the runtime on the device failed
+        EngineMissingError   the engine is not installed here
+        NonFiniteError       a loss or a gradient is NaN or infinite
+      StoreError             the disk or the database failed
+        DiskFullError        no space left
+      UnreachableError       the coordinator does not answer
+
+Each class has a stable `code` that also stands in the problem document sent over HTTP and as a heading in `docs/errors.md`.
+A message names the thing, the value, the bound and the way out. It never contains a token.
+"""
+
+from typing import ClassVar
+
+
+class LaminaError(Exception):
+    """Base of all errors that a user can act on."""
+
+    code: ClassVar[str] = "lamina"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(LaminaError):
+    code = "config"
+
+
+class PortInUseError(ConfigError):
+    code = "port-in-use"
+
+
+class DataError(ConfigError):
+    code = "data"
+
+
+class ExportError(LaminaError):
+    code = "export"
+
+
+class CutError(ExportError):
+    code = "cut"
+
+
+class ParityError(ExportError):
+    code = "parity"
+
+
+class BundleError(LaminaError):
+    code = "bundle"
+
+
+class HashMismatchError(BundleError):
+    code = "hash-mismatch"
+
+
+class TensorFileError(BundleError):
+    code = "tensor-file"
+
+
+class ProtocolError(LaminaError):
+    code = "protocol"
+
+
+class NotEnrolledError(ProtocolError):
+    code = "not-enrolled"
+
+
+class UnknownNameError(ProtocolError):
+    code = "unknown-name"
+
+
+class RoundClosedError(ProtocolError):
+    code = "round-closed"
+
+
+class UpdateRejectedError(ProtocolError):
+    code = "update-rejected"
+
+
+class TooLargeError(ProtocolError):
+    code = "too-large"
+
+
+class EngineError(LaminaError):
+    code = "engine"
+
+
+class EngineMissingError(EngineError):
+    code = "engine-missing"
+
+
+class NonFiniteError(EngineError):
+    code = "non-finite"
+
+
+class StoreError(LaminaError):
+    code = "store"
+
+
+class DiskFullError(StoreError):
+    code = "disk-full"
+
+
+class UnreachableError(LaminaError):
+    code = "unreachable"
+
+
+def all_errors() -> dict[str, type[LaminaError]]:
+    """code -> class, for every class of the tree."""
+    found: dict[str, type[LaminaError]] = {}
+    queue: list[type[LaminaError]] = [LaminaError]
+    while queue:
+        error = queue.pop()
+        found[error.code] = error
+        queue.extend(error.__subclasses__())
+    return found

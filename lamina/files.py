@@ -1,0 +1,43 @@
+"""Writing files so that a reader or a crash never sees half of one."""
+
+import errno
+import os
+from pathlib import Path
+from uuid import uuid4
+
+from lamina.errors import DiskFullError
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write, fsync and rename into place, then fsync the folder: after return the file survives power loss.
+
+    Raises DiskFullError, and leaves nothing behind, if the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        move_durably(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise_if_full(error, path)
+        raise
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Rename a file that is already synced, and sync the folder that now holds it."""
+    source.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def raise_if_full(error: OSError, path: Path) -> None:
+    """Raises DiskFullError if that is what the operating system said."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise DiskFullError(f"no space left on the disk of {path.parent}: free some and try again; nothing was lost") from error

@@ -1,0 +1,73 @@
+"""Segments: the unit of freezing, exchange and caching.
+
+    {modality}.stem   {modality}.layers.{i}   {modality}.norm   {modality}.projection   head
+
+A segment owns an ordered list of named tensors. The order of segments given by `segment_names` and of tensors within a
+segment is the one order of the exchange vector, for every engine.
+"""
+
+from math import prod
+from typing import Literal
+
+from lamina.model import ModelDescription, Name
+from lamina.record import Record
+
+DType = Literal["float32", "int64"]
+
+
+class TensorSpec(Record):
+    """Name, shape and dtype of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType = "float32"
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+
+class Segment(Record):
+    """A named part of the model with its float32 tensors, in order."""
+
+    name: str
+    modality: Name | None
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.count for tensor in self.tensors)
+
+
+def stem(modality: str) -> str:
+    return f"{modality}.stem"
+
+
+def layer(modality: str, index: int) -> str:
+    return f"{modality}.layers.{index}"
+
+
+def norm(modality: str) -> str:
+    return f"{modality}.norm"
+
+
+def projection(modality: str) -> str:
+    return f"{modality}.projection"
+
+
+HEAD = "head"
+
+
+def prefix_chain(model: ModelDescription, modality: str) -> list[str]:
+    """The segments that a feature passes in order before the final norm: stem, then every layer."""
+    return [stem(modality), *(layer(modality, i) for i in range(model.encoder(modality).layers))]
+
+
+def segment_names(model: ModelDescription) -> list[str]:
+    """All segments of the model in exchange order: encoder by encoder, the task head last."""
+    names: list[str] = []
+    for modality in model.modalities:
+        names += [*prefix_chain(model, modality), norm(modality), projection(modality)]
+    if model.objective.kind == "supervised":
+        names.append(HEAD)
+    return names

@@ -1,0 +1,83 @@
+"""Strategies: the rules that make the stages of a plan.
+
+    layerwise    LW-FedMML: stage s trains the layers attached at s, the final norms and the heads (stem in stage 0 only);
+                 everything below is frozen.
+    progressive  Prog-FedMML: stage s trains all that is attached so far.
+    end_to_end   FedMML: one stage trains the whole model.
+
+The three share `attached layers per stage`; they differ only in what is frozen (arXiv 2407.15426).
+"""
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+
+from lamina.errors import ConfigError
+from lamina.model import ModelDescription
+from lamina.plan import Stage, StrategyName
+from lamina.segments import HEAD, layer, norm, projection, segment_names, stem
+
+
+def make_stages(
+    model: ModelDescription,
+    strategy: StrategyName,
+    rounds: int | Sequence[int],
+    learning_rate: float | Sequence[float],
+    layers_per_stage: int | Mapping[str, int] = 1,
+) -> tuple[Stage, ...]:
+    """Stages of a strategy.
+
+    `rounds` is the number of rounds of each stage, or the total, which is spread evenly with the remainder on the last
+    stages. `learning_rate` is one value, or one for each stage. `layers_per_stage` may differ by modality.
+    Raises ConfigError if the lists do not have one entry for each stage.
+    """
+    if strategy == "end_to_end":
+        layers = {modality: model.encoder(modality).layers for modality in model.modalities}
+    elif isinstance(layers_per_stage, int):
+        layers = {modality: layers_per_stage for modality in model.modalities}
+    else:
+        layers = dict(layers_per_stage)
+    if set(layers) != set(model.modalities) or any(count < 1 for count in layers.values()):
+        raise ConfigError(f"layers_per_stage must give at least 1 for each of {list(model.modalities)}, given {layers}")
+    num_stages = max(ceil(model.encoder(modality).layers / layers[modality]) for modality in model.modalities)
+    rounds_of = _spread(rounds, num_stages) if isinstance(rounds, int) else list(rounds)
+    rates = [learning_rate] * num_stages if isinstance(learning_rate, int | float) else list(learning_rate)
+    for name, values in (("rounds", rounds_of), ("learning_rate", rates)):
+        if len(values) != num_stages:
+            raise ConfigError(
+                f"{name} has {len(values)} entries, but strategy {strategy!r} makes {num_stages} stages of this model"
+            )
+    if any(count < 0 for count in rounds_of):
+        raise ConfigError(f"rounds must not be negative, given {rounds_of}")
+
+    order = segment_names(model)
+    stages = []
+    for index in range(num_stages):
+        active: set[str] = {HEAD}
+        frozen: set[str] = set()
+        for modality in model.modalities:
+            first, end = index * layers[modality], (index + 1) * layers[modality]
+            attached = [layer(modality, i) for i in range(min(end, model.encoder(modality).layers))]
+            active |= {norm(modality), projection(modality)}
+            if strategy == "layerwise" and index > 0:
+                frozen |= {stem(modality), *attached[:first]}
+                active |= set(attached[first:])
+            else:
+                active |= {stem(modality), *attached}
+        stages.append(
+            Stage(
+                index=index,
+                active=tuple(name for name in order if name in active),
+                frozen=tuple(name for name in order if name in frozen),
+                rounds=rounds_of[index],
+                learning_rate=rates[index],
+            )
+        )
+    return tuple(stages)
+
+
+def _spread(total: int, parts: int) -> list[int]:
+    """`total` rounds over `parts` stages, as even as possible, the remainder on the last ones."""
+    if total < 0:
+        raise ConfigError(f"rounds must not be negative, given {total}")
+    base, extra = divmod(total, parts)
+    return [base + (1 if index >= parts - extra else 0) for index in range(parts)]
