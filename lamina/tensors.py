@@ -36,7 +36,7 @@ def encode(tensors: Mapping[str, Float32], encoding: Encoding = "fp32") -> bytes
         raise ConfigError(f"unknown encoding {encoding!r}; known: {', '.join(ENCODINGS)}")
     stored = {}
     for name in sorted(tensors):
-        value = np.ascontiguousarray(tensors[name], dtype=np.float32)
+        value = np.asarray(tensors[name], dtype=np.float32, order="C")  # ascontiguousarray would make scalars (1,)
         if not np.isfinite(value).all():
             raise TensorFileError(f"tensor {name!r} holds NaN or infinity and cannot be sent")
         if encoding == "fp16" and value.size and float(np.abs(value).max()) > 65504:

@@ -1,0 +1,49 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+#
+#   make demo TORCH_INDEX=URL     take torch from an index with CPU builds
+#   make demo ARGS='--seed 1'     options of `lamina demo` (see `lamina demo --help`)
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format bench bench-engines bench-memory clean
+
+demo: $(VENV)/.ready
+	$(BIN)/lamina demo $(ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: bench-engines bench-memory
+
+bench-engines: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.engines
+
+bench-memory: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.memory
+
+# torch first, from the index that the user names; then lamina with its extras. ExecuTorch declares about 40 packages that
+# nothing here imports, so it is installed without them, and then the few that it does import.
+$(VENV)/.ready: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "lamina needs Python 3.11 or 3.12 (PYTHON=...)"'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/pip install --quiet -e '.[export,coordinator,onnxruntime,torch,bench,dev]'
+	$(BIN)/pip install --quiet --no-deps executorch==1.5.1 'torchao>=0.18,<0.19'
+	$(BIN)/pip install --quiet flatbuffers ruamel.yaml tabulate pyyaml packaging
+	touch $@
+
+clean:
+	rm -rf $(VENV) lamina-demo build *.egg-info

@@ -1,0 +1,64 @@
+"""The plans of the demo: AV-Digits, image and audio encoders of 6 layers each, and each modality alone.
+
+The settings come from a small sweep on seeds 0 and 1 with eager PyTorch: 14-pixel patches (image alone 0.71, against 0.59
+with 7-pixel ones), more rounds in stage 0, which trains the stems, than later, and a higher rate for fewer active layers.
+"""
+
+from lamina.errors import ConfigError
+from lamina.model import AudioFrames, Encoder, ImagePatches, ModelDescription, Projection, Supervised
+from lamina.plan import AdamW, Cohort, Plan, StrategyName, Training
+from lamina.strategies import make_stages
+
+WIDTH, HEADS, LAYERS = 64, 4, 6
+LEARNING_RATE: dict[StrategyName, float] = {"layerwise": 3e-3, "progressive": 1.5e-3, "end_to_end": 1e-3}
+
+MODEL = ModelDescription(
+    name="av_digits",
+    encoders=(
+        Encoder(
+            modality="image",
+            input=ImagePatches(channels=1, height=28, width=28, patch=14),
+            width=WIDTH,
+            heads=HEADS,
+            layers=LAYERS,
+        ),
+        Encoder(
+            modality="audio",
+            input=AudioFrames(frames=20, coefficients=13),
+            width=WIDTH,
+            heads=HEADS,
+            layers=LAYERS,
+        ),
+    ),
+    projection=Projection(hidden=64, output=32),
+    objective=Supervised(classes=10),
+)
+
+
+def demo_plan(
+    model: ModelDescription, strategy: StrategyName, rounds: int, layers_per_stage: int, devices: int, seed: int
+) -> Plan:
+    """The plan of one run of the demo; every device takes part in every round, so that a seed gives the same weights."""
+    num_stages = 1 if strategy == "end_to_end" else -(-LAYERS // layers_per_stage)
+    return Plan(
+        name=model.name,
+        model=model,
+        strategy=strategy,
+        stages=make_stages(
+            model, strategy, skewed_rounds(rounds, num_stages), LEARNING_RATE[strategy], layers_per_stage=layers_per_stage
+        ),
+        training=Training(batch_size=32, local_epochs=2, optimizer=AdamW(weight_decay=0.01)),
+        cohort=Cohort(size=devices, min_updates=devices, lease_seconds=120),
+        seed=seed,
+    )
+
+
+def skewed_rounds(total: int, stages: int) -> list[int]:
+    """`total` rounds, about 4 in 9 of them in stage 0 and the others even: 18 over 6 stages is 8, 2, 2, 2, 2, 2."""
+    if total < 1:
+        raise ConfigError(f"--rounds must be at least 1, given {total}")
+    if stages == 1:
+        return [total]
+    later, extra = divmod(total - -(-total * 4 // 9), stages - 1)
+    others = [later + (1 if index < extra else 0) for index in range(stages - 1)]
+    return [total - sum(others), *others]

@@ -1,0 +1,40 @@
+"""`lamina assemble`: turn trained weights into a model to deploy."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def assemble(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle that was trained.")],
+    weights: Annotated[Path, typer.Option(help="Folder with one <segment>.safetensors each, as `lamina pull` writes it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model files.")],
+) -> None:
+    """Write the trained model for PyTorch, ONNX Runtime and ExecuTorch, weights inside, ready to deploy.
+
+    The three are run on the same random inputs, and the largest difference between them is printed.
+    """
+    from rich.console import Console
+
+    from export.assemble import assemble as assemble_model
+    from export.assemble import attached_model
+    from lamina.bundle import read_bundle
+    from lamina.errors import TensorFileError
+    from lamina.segments import segment_names
+    from lamina.tensors import decode_file
+
+    console = Console()
+    with Console(stderr=True).status("verify the bundle") as status:
+        manifest = read_bundle(bundle)
+        values = {}
+        for name in segment_names(attached_model(manifest.plan)):
+            path = weights / f"{name}.safetensors"
+            if not path.is_file():
+                raise TensorFileError(f"{path} is missing; `lamina pull` writes one file for each segment")
+            values[name] = decode_file(str(path), manifest.segment(name).tensors)
+        status.update("write and compare the model")
+        model = assemble_model(manifest, values, out)
+    for path in (model.safetensors, model.state_dict, model.onnx, model.pte):
+        console.print(f"{path}  {path.stat().st_size:,} bytes")
+    console.print(f"largest difference of an output between PyTorch and the files: {model.max_difference:.1e}")

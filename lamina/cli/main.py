@@ -1,0 +1,70 @@
+"""The `lamina` command: one file per verb, each importing its room only when it is called.
+
+So `lamina join` on a small machine loads neither torch nor a web framework, and a room that is not installed is answered
+with the extra that installs it.
+"""
+
+import sys
+
+import typer
+
+from lamina import __version__
+from lamina.cli.assemble import assemble
+from lamina.cli.demo import demo
+from lamina.cli.export import export
+from lamina.cli.join import join
+from lamina.cli.publish import publish
+from lamina.cli.pull import pull
+from lamina.cli.serve import serve
+from lamina.cli.status import status
+from lamina.errors import LaminaError
+
+app = typer.Typer(
+    name="lamina",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Train models on small machines one layer at a time, federated over many of them. "
+    "The way of a model: export, serve, publish, join (on every device), status, pull, assemble; `demo` shows it all.",
+)
+VERBS = (demo, export, serve, publish, join, status, pull, assemble)
+for verb in VERBS:
+    app.command()(verb)
+
+_EXTRA_OF_MODULE = {
+    "torch": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "fastapi": "coordinator",
+    "uvicorn": "coordinator",
+    "sqlalchemy": "coordinator",
+    "executorch": "executorch",
+    "torchao": "executorch",
+    "onnxruntime": "onnxruntime",
+    "matplotlib": "bench",
+}
+
+
+def main() -> None:
+    """Runs the command line; an error that a user can act on ends with one sentence and status 1."""
+    if sys.argv[1:] == ["--version"]:
+        print(__version__)  # noqa: T201
+        return
+    try:
+        app()
+    except LaminaError as error:
+        typer.echo(f"error [{error.code}]: {error.message}", err=True)
+        typer.echo(f"(what this means and how to mend it: docs/errors.md, {error.code!r})", err=True)
+        sys.exit(1)
+    except ModuleNotFoundError as error:
+        extra = _EXTRA_OF_MODULE.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        typer.echo(f"error [config]: this command needs {error.name}; install it: pip install 'lamina[{extra}]'", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""`lamina publish`: give a bundle to a coordinator."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def publish(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle, as `lamina export` wrote it.")],
+    url: Annotated[str, typer.Argument(help="Address of the coordinator, e.g. http://127.0.0.1:8763.")],
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the admin token; without it, the environment variable LAMINA_TOKEN is read."),
+    ] = None,
+) -> None:
+    """Verify a bundle, send what the coordinator lacks of it, and start a run.
+
+    Prints the name of the new run. Publishing the same bundle again sends no blob twice and starts another run.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from lamina.bundle import read_bundle
+    from lamina.client import Client, read_token
+
+    token = read_token(token_file)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, transient=True) as progress, Client(url, token) as client:
+        verifying = progress.add_task("verify", total=None)
+        manifest = read_bundle(bundle, lambda done, total: progress.update(verifying, completed=done, total=total))
+        progress.remove_task(verifying)
+        sending = progress.add_task("send", total=sum(manifest.blobs.values()))
+        published = client.publish(bundle, manifest, lambda count: progress.advance(sending, count))
+    typer.echo(published.run)

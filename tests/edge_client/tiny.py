@@ -1,0 +1,252 @@
+"""A tiny model, its manifest, and its programs for all engines: what the exporter writes, small enough to read.
+
+motion.stem: Linear(8, 4) on each token;  motion.layers.i: x + tanh(Linear(x));  motion.norm: x * w + b
+motion.projection: Linear(4, 3) of the mean token;  head: Linear(3, 3);  loss: cross entropy of 3 classes
+"""
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from lamina.manifest import LABEL, Manifest, Program, StageCost, StagePrograms
+from lamina.model import Encoder, ModelDescription, Projection, SensorWindows, Supervised
+from lamina.plan import SGD, Cohort, Plan, Training
+from lamina.segments import Segment, TensorSpec
+from lamina.strategies import make_stages
+from lamina.tensors import encode, hash_bytes
+
+CHANNELS, SAMPLES, PATCH, TOKENS, WIDTH, CLASSES, MAX_BATCH, LAYERS = 2, 8, 4, 2, 4, 3, 8, 3
+SHAPES = {"stem": (WIDTH, 8), "layer": (WIDTH, WIDTH), "norm": (WIDTH,), "projection": (3, WIDTH), "head": (CLASSES, 3)}
+MODEL = ModelDescription(
+    name="tiny",
+    encoders=(
+        Encoder(
+            modality="motion",
+            input=SensorWindows(channels=CHANNELS, samples=SAMPLES, patch=PATCH),
+            width=WIDTH,
+            heads=1,
+            layers=LAYERS,
+        ),
+    ),
+    projection=Projection(hidden=WIDTH, output=3),
+    objective=Supervised(classes=CLASSES),
+)
+
+
+def kind_of(segment: str) -> str:
+    return "layer" if ".layers." in segment else segment.rpartition(".")[2]
+
+
+def make_segment(name: str) -> Segment:
+    shape = SHAPES[kind_of(name)]
+    tensors = (TensorSpec(name="weight", shape=shape), TensorSpec(name="bias", shape=shape[:1]))
+    return Segment(name=name, modality=None if name == "head" else "motion", tensors=tensors)
+
+
+def initial_weights(seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+    random = np.random.default_rng(seed)
+    return {
+        name: {
+            spec.name: random.normal(size=spec.shape).astype(np.float32) * np.float32(0.5)
+            for spec in make_segment(name).tensors
+        }
+        for name in SEGMENTS
+    }
+
+
+SEGMENTS = ["motion.stem", *(f"motion.layers.{i}" for i in range(LAYERS)), "motion.norm", "motion.projection", "head"]
+RAW = TensorSpec(name="motion", shape=(CHANNELS, SAMPLES))
+FEATURES = TensorSpec(name="motion", shape=(TOKENS, WIDTH))
+LABELS = TensorSpec(name=LABEL, shape=(), dtype="int64")
+
+
+def run_segments(segments, weights, x, label=None):
+    """The eager model in torch: features if no label is given, else (loss, correct)."""
+    import torch
+    from torch.nn.functional import cross_entropy, linear
+
+    for index, name in enumerate(segments):
+        w, b = weights[2 * index : 2 * index + 2]
+        match kind_of(name):
+            case "stem":
+                x = x.reshape(-1, CHANNELS, TOKENS, PATCH).transpose(1, 2).reshape(-1, TOKENS, 8)
+                x = linear(x, w, b)
+            case "layer":
+                x = x + torch.tanh(linear(x, w, b))
+            case "norm":
+                x = x * w + b
+            case "projection":
+                x = linear(x.mean(1), w, b)
+            case "head":
+                x = linear(x, w, b)
+    return (x,) if label is None else (cross_entropy(x, label), (x.argmax(1) == label).sum())
+
+
+@dataclass
+class TinyPrograms:
+    """Exports programs when they are first asked for, and keeps them in a folder."""
+
+    folder: Path
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    made: dict[tuple, Program] = field(default_factory=dict)
+
+    def program(self, engine: str, role: str, segments: list[str]) -> Program:
+        kinds = tuple(kind_of(name) for name in segments)
+        key = (engine, role, kinds)
+        if key not in self.made:
+            data = export_program(engine, role, segments)
+            inputs = (RAW if "stem" in kinds else FEATURES, LABELS)
+            if role == "frozen":
+                inputs = (TensorSpec(name="x", shape=inputs[0].shape),)
+            digest = hash_bytes(data)
+            self.blobs[digest] = data
+            (self.folder / digest).write_bytes(data)
+            weights = tuple(spec.shape for name in segments for spec in make_segment(name).tensors)
+            self.made[key] = Program(
+                engine=engine,
+                role=role,
+                blob=digest,
+                weights=weights,
+                inputs=inputs,
+                max_batch=MAX_BATCH,
+                activation_bytes=0,
+            )
+        return self.made[key]
+
+    def path(self, program: Program) -> Path:
+        return self.folder / program.blob
+
+    def bundle(self, engine: str, rounds: int = 1, **training) -> tuple[Manifest, dict[str, bytes]]:
+        """Manifest and all blobs of a layer-wise run of the tiny model for one engine."""
+        settings = {"batch_size": MAX_BATCH, "local_epochs": 2, "optimizer": SGD(momentum=0.5)}
+        plan = Plan(
+            name="tiny",
+            model=MODEL,
+            strategy="layerwise",
+            stages=make_stages(MODEL, "layerwise", [rounds] * LAYERS, 0.1),
+            training=Training(**(settings | training)),
+            cohort=Cohort(size=1),
+            seed=7,
+        )
+        programs: dict[str, Program] = {}
+        stages = []
+        for stage in plan.stages:
+            found = {role: self.program(engine, role, list(stage.active)) for role in ("train", "eval")}
+            programs |= {program.blob: program for program in found.values()}
+            stages.append(
+                StagePrograms(
+                    index=stage.index,
+                    train={engine: found["train"].blob},
+                    eval={engine: found["eval"].blob},
+                    cost=StageCost(
+                        active_parameters=0,
+                        frozen_parameters=0,
+                        flops_per_sample=0,
+                        prefix_flops_per_sample=0,
+                        planned_bytes={engine: 0},
+                        round_bytes_down=0,
+                        round_bytes_up=0,
+                        program_bytes={engine: 0},
+                        frozen_bytes=0,
+                    ),
+                )
+            )
+        frozen = {name: self.program(engine, "frozen", [name]) for name in SEGMENTS[: LAYERS + 1]}
+        programs |= {program.blob: program for program in frozen.values()}
+        blobs = {digest: self.blobs[digest] for digest in programs}
+        weights = {name: encode(tensors) for name, tensors in initial_weights().items()}
+        blobs |= {hash_bytes(data): data for data in weights.values()}
+        manifest = Manifest(
+            plan=plan,
+            segments=tuple(make_segment(name) for name in SEGMENTS),
+            initial_weights={name: hash_bytes(data) for name, data in weights.items()},
+            programs=programs,
+            frozen_programs={engine: {name: program.blob for name, program in frozen.items()}},
+            stages=tuple(stages),
+            blobs={digest: len(data) for digest, data in blobs.items()},
+            versions={},
+        )
+        return manifest, blobs | {manifest.digest: manifest.to_json()}
+
+
+def make_data(path: Path, train: int = 21, test: int = 10, seed: int = 0) -> Path:
+    """An .npz with `train` + `test` examples of 3 classes that can be told apart."""
+    random = np.random.default_rng(seed)
+    arrays = {}
+    for split, count in (("train", train), ("test", test)):
+        label = random.integers(0, CLASSES, count)
+        arrays[f"{split}_label"] = label.astype(np.int64)
+        noise = random.normal(size=(count, CHANNELS, SAMPLES)) * 0.3
+        arrays[f"{split}_motion"] = (noise + label[:, None, None]).astype(np.float32)
+    np.savez(path, **arrays)
+    return path
+
+
+def export_program(engine: str, role: str, segments: list[str]) -> bytes:
+    """One program file as `lamina.manifest` defines it: a pure function (weights..., inputs...)."""
+    import io
+
+    import torch
+    from torch.export import Dim
+    from torch.export.experimental import _export_forward_backward
+    from torch.fx.experimental import _config as symbolic_shapes
+
+    specs = [spec for name in segments for spec in make_segment(name).tensors]
+    values = [torch.randn(spec.shape) for spec in specs]
+    kinds = [kind_of(name) for name in segments]
+    inputs = [torch.randn(2, *(RAW if "stem" in kinds else FEATURES).shape)]
+    if role != "frozen":
+        inputs.append(torch.randint(CLASSES, (2,)))
+    batch = Dim("batch", min=1, max=MAX_BATCH)
+
+    class Owner(torch.nn.Module):  # parameters inside, as `_export_forward_backward` wants them
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = torch.nn.ParameterList(values)
+
+        def forward(self, *inputs):
+            return run_segments(segments, list(self.weights), *inputs)
+
+    class Pure(torch.nn.Module):
+        def __init__(self, function) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, *arrays):
+            return tuple(self.function(*arrays))
+
+    def export(module, arrays, weights: int):
+        shapes = {name: (*[None] * weights, *[{0: batch}] * len(inputs)) for name in ("inputs", "arrays")}
+        name = "inputs" if isinstance(module, Owner) else "arrays"
+        return torch.export.export(module, tuple(arrays), dynamic_shapes={name: shapes[name]})
+
+    with warnings.catch_warnings(), symbolic_shapes.patch(backed_size_oblivious=True):
+        warnings.simplefilter("ignore")
+        if role == "train" and engine != "torch":
+            function = _export_forward_backward(export(Owner(), inputs, 0)).graph_module
+        else:
+            count = len(values)
+
+            def function(*arrays):
+                return run_segments(segments, arrays[:count], *arrays[count:])
+
+        program = export(Pure(function), [*values, *inputs], len(values))
+        if engine == "torch":
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer)
+            return buffer.getvalue()
+        if engine == "onnxruntime":
+            exported = torch.onnx.export(program, (), dynamo=True, opset_version=20, verbose=False)
+            exported.model_proto.ir_version = 10
+            return exported.model_proto.SerializeToString()
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir.passes import MemoryPlanningPass
+
+        edge = to_edge_transform_and_lower(
+            program, partitioner=[XnnpackPartitioner(force_non_static_weights_for_f32_linear=True)]
+        )
+        config = ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False))
+        return bytes(edge.to_executorch(config).buffer)
