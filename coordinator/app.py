@@ -1,0 +1,140 @@
+"""The routes of `/v1` and nothing else; `lamina.wire` has the messages, `docs/protocol.md` the prose."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+from fastapi import BackgroundTasks, Depends, FastAPI, Header, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from coordinator import bodies, check_in, devices, downloads, evaluations, publish, rounds, status, updates
+from coordinator.aggregation import Aggregator, remove_leftovers
+from coordinator.house import Clock, House
+from coordinator.incoming import Incoming
+from coordinator.problems import install
+from coordinator.settings import Settings
+from coordinator.updates import Address
+from lamina.errors import ProtocolError
+from lamina.manifest import Manifest
+from lamina.record import Record
+from lamina.tensors import max_file_bytes
+from lamina.wire import REPORT_HEADER, Accepted, CheckIn, Enrolment, Evaluation, TrainReport
+
+Authorization = Annotated[str | None, Header()]
+
+
+def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
+    """The coordinator on the state folder of `settings`. Raises StoreError or ConfigError if that cannot be opened."""
+    house = House(settings, clock)
+    aggregator = Aggregator(house)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        # What a crash interrupted is finished before the first device is answered.
+        await run_in_threadpool(rounds.advance_all, house, house.clock())
+        await run_in_threadpool(aggregator.run_due)
+        await run_in_threadpool(remove_leftovers, house)
+        yield
+        house.close()
+
+    app = FastAPI(title="lamina coordinator", lifespan=lifespan, openapi_url=None)
+    app.state.house = house
+    install(app)
+
+    def as_enroller(authorization: Authorization = None) -> None:
+        house.tokens.require_enrolment(authorization)
+
+    def as_admin(authorization: Authorization = None) -> None:
+        house.tokens.require_admin(authorization)
+
+    def as_device(authorization: Authorization = None) -> str:
+        return house.tokens.require_device(authorization)
+
+    def as_anyone_known(authorization: Authorization = None) -> None:
+        house.tokens.require_any(authorization)
+
+    # Dependencies run in the order of the parameters: nobody's body is read before he has shown his token.
+    Enroller = Annotated[None, Depends(as_enroller)]
+    Admin = Annotated[None, Depends(as_admin)]
+    Device = Annotated[str, Depends(as_device)]
+    Known = Annotated[None, Depends(as_anyone_known)]
+    Json = Annotated[bytes, Depends(bodies.read_json)]
+
+    @app.get("/v1/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.post("/v1/devices")
+    def enrol(_: Enroller, body: Json) -> Response:
+        return _json(devices.enrol(house, Enrolment.from_json(body, "the enrolment")), 201)
+
+    @app.post("/v1/check-in")
+    def ask_for_work(device: Device, body: Json, later: BackgroundTasks) -> Response:
+        later.add_task(aggregator.run_due)
+        return _json(check_in.check_in(house, device, CheckIn.from_json(body, "the check-in")))
+
+    @app.api_route("/v1/blobs/{digest}", methods=["GET", "HEAD"])
+    def get_blob(_: Known, digest: str, request: Request) -> Response:
+        return downloads.answer_blob(house.blobs, digest, request)
+
+    @app.put("/v1/blobs/{digest}")
+    async def put_blob(_: Admin, digest: str, request: Request) -> Response:
+        if house.blobs.find(digest) is not None:
+            return Response(status_code=200)
+        with house.blobs.receive() as incoming:
+            await bodies.receive(request, incoming)
+            await run_in_threadpool(house.blobs.keep, incoming, digest)
+        return Response(status_code=201)
+
+    @app.post("/v1/runs")
+    def publish_run(_: Admin, body: Json) -> Response:
+        return _json(publish.publish(house, Manifest.from_json(body, "the manifest")), 201)
+
+    @app.get("/v1/runs")
+    def list_runs(_: Known) -> Response:
+        return _json(status.list_runs(house))
+
+    @app.get("/v1/runs/{run}")
+    def run_status(_: Known, run: str, later: BackgroundTasks) -> Response:
+        # Time may have closed a round since the last device asked; whoever looks sees it closed.
+        rounds.advance_all(house, house.clock())
+        later.add_task(aggregator.run_due)
+        return _json(status.run_status(house, run))
+
+    @app.put("/v1/runs/{run}/stages/{stage}/rounds/{number}/update")
+    async def put_update(
+        device: Device, run: str, stage: int, number: int, request: Request, later: BackgroundTasks
+    ) -> Response:
+        later.add_task(aggregator.run_due)
+        address = Address(device_id=device, run=run, stage=stage, round=number)
+        digest = bodies.content_digest(request)
+        report = _train_report(request)
+        specs = await run_in_threadpool(updates.expect_update, house, address, digest)
+        if isinstance(specs, Accepted):
+            return _json(specs)
+        limit_bytes = max_file_bytes(specs)
+        bodies.check_length(request, limit_bytes)
+        with Incoming(settings.updates, limit_bytes) as incoming:
+            await bodies.receive(request, incoming)
+            accepted = await run_in_threadpool(updates.accept_update, house, address, incoming, digest, report, specs)
+        return _json(accepted)
+
+    @app.put("/v1/runs/{run}/stages/{stage}/rounds/{number}/evaluation")
+    def put_evaluation(device: Device, run: str, stage: int, number: int, body: Json) -> Response:
+        address = Address(device_id=device, run=run, stage=stage, round=number)
+        evaluation = Evaluation.from_json(body, "the evaluation")
+        return _json(evaluations.accept_evaluation(house, address, evaluation))
+
+    return app
+
+
+def _json(record: Record, status_code: int = 200) -> Response:
+    return Response(record.model_dump_json(), status_code, media_type="application/json")
+
+
+def _train_report(request: Request) -> TrainReport:
+    text = request.headers.get(REPORT_HEADER)
+    if text is None:
+        raise ProtocolError(f"the update has no {REPORT_HEADER} header with its TrainReport")
+    return TrainReport.from_json(text, f"the {REPORT_HEADER} header")

@@ -1,0 +1,123 @@
+"""A device asks for work. The same device asking again gets the same work, and its lease begins anew."""
+
+from sqlalchemy.orm import Session
+
+from coordinator.devices import get_device, remember
+from coordinator.house import House
+from coordinator.rounds import advance, current_round, get_run, open_runs, places
+from coordinator.tables import EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow, WeightRow
+from coordinator.waiting import describe
+from lamina.manifest import Manifest
+from lamina.wire import Assignment, CheckIn, Phase, Refused, Wait
+
+
+def check_in(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait | Refused:
+    """Work in the first open run that fits the device, or what it waits for, or why there is nothing for it.
+
+    Raises UnknownNameError if `facts.run` names no run.
+    """
+    now = house.clock()
+    with house.database.write() as session:
+        device = get_device(session, device_id)
+        candidates = [get_run(session, facts.run)] if facts.run else open_runs(session)
+        candidates = [run for run in candidates if not run.is_finished]
+        misfits: list[str] = []
+        for run in candidates:
+            misfit = why_not(house.manifest(run.manifest), facts)
+            if misfit:
+                misfits.append(f"{run.id} {misfit}")
+                continue
+            remember(house, device, run, facts, now)
+            session.flush()  # so that the count of devices that are here has this one
+            advance(house, session, run, now)
+            if not run.is_finished:
+                return offer(house, session, run, device_id, now)
+        remember(house, device, None, facts, now)
+        if misfits:
+            return Refused(detail="; ".join(misfits))
+        detail = f"{facts.run} is finished" if facts.run else "no run is open; publish one with `lamina publish`"
+        return _wait(house, "no_run", detail)
+
+
+def why_not(manifest: Manifest, facts: CheckIn) -> str | None:
+    """Why a device cannot take part in a run, with what would help; None if it can."""
+    if facts.engine not in manifest.engines:
+        return f"has programs for {', '.join(manifest.engines)}, not for {facts.engine}: export the bundle with that engine"
+    lacking = [modality for modality in manifest.plan.model.modalities if modality not in facts.modalities]
+    if lacking:
+        return f"trains {', '.join(manifest.plan.model.modalities)}, and this device has no data for {', '.join(lacking)}"
+    return None
+
+
+def offer(house: House, session: Session, run: RunRow, device_id: str, now: float) -> Assignment | Wait:
+    """The device's work in the round where the run stands."""
+    row = current_round(session, run)
+    if row is None:
+        return _wait(house, "cohort", describe(house, session, run, now))
+    lease_ends = now + house.manifest(run.manifest).plan.cohort.lease_seconds
+    if row.phase == "training" and _take_place(house, session, run, row, device_id, now, lease_ends):
+        return _assignment(house, session, run, row, "train")
+    if row.phase == "evaluating":
+        asked = session.get(EvaluationRow, (row.id, device_id))
+        if asked is not None and asked.evaluation is None:
+            asked.lease_ends_unix_seconds = lease_ends
+            return _assignment(house, session, run, row, "evaluate")
+    return _wait(house, "round", describe(house, session, run, now))
+
+
+def _take_place(
+    house: House, session: Session, run: RunRow, row: RoundRow, device_id: str, now: float, lease_ends: float
+) -> bool:
+    """Renews, gives or hands over a place in the round; False if the device has sent its update or all are held."""
+    if session.get(UpdateRow, (row.id, device_id)) is not None:
+        return False
+    held = places(session, row)
+    mine = session.get(PlaceRow, (row.id, device_id))
+    if mine is None or mine.is_lost:
+        if len(held) >= house.manifest(run.manifest).plan.cohort.size:
+            silent = [place for place in held if _is_silent(session, place, now)]
+            if not silent:
+                return False
+            silent[0].is_lost = True
+        if mine is None:
+            mine = PlaceRow(round_id=row.id, device_id=device_id)
+            session.add(mine)
+        mine.is_lost = False
+    mine.lease_ends_unix_seconds = lease_ends
+    return True
+
+
+def _is_silent(session: Session, place: PlaceRow, now: float) -> bool:
+    """Its lease is over, and no update has come."""
+    has_sent = session.get(UpdateRow, (place.round_id, place.device_id)) is not None
+    return place.lease_ends_unix_seconds <= now and not has_sent
+
+
+def _assignment(house: House, session: Session, run: RunRow, row: RoundRow, phase: Phase) -> Assignment:
+    plan = house.manifest(run.manifest).plan
+    stage = plan.stages[row.stage]
+    weights: dict[str, str] = {}
+    for name in (*stage.frozen, *stage.active):
+        weight = session.get_one(WeightRow, (run.number, name))
+        weights[name] = weight.blob
+    return Assignment(
+        phase=phase,
+        run=run.id,
+        manifest=run.manifest,
+        stage=row.stage,
+        round=row.round,
+        weights=weights,
+        lease_seconds=plan.cohort.lease_seconds,
+        upload_encoding=plan.training.upload_encoding,
+    )
+
+
+def _wait(house: House, reason: str, detail: str) -> Wait:
+    return Wait.model_validate(
+        {
+            "reason": reason,
+            "detail": detail,
+            "wait_seconds_min": house.settings.wait_seconds_min,
+            "wait_seconds_max": house.settings.wait_seconds_max,
+        }
+    )

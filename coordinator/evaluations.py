@@ -1,0 +1,38 @@
+"""Evaluations of the weights that a round made, by the devices that were asked; each counts once."""
+
+from coordinator.house import House
+from coordinator.rounds import advance, get_round, get_run
+from coordinator.tables import EvaluationRow
+from coordinator.updates import Address
+from lamina.errors import RoundClosedError, UpdateRejectedError
+from lamina.wire import Accepted, Evaluation
+
+
+def accept_evaluation(house: House, address: Address, evaluation: Evaluation) -> Accepted:
+    """Counts an evaluation. Raises UnknownNameError, UpdateRejectedError, RoundClosedError."""
+    if evaluation.num_examples == 0:
+        raise UpdateRejectedError("num_examples is 0: nothing was evaluated; a device without test data need not answer")
+    if evaluation.correct > evaluation.num_examples:
+        raise UpdateRejectedError(f"{evaluation.correct} correct of {evaluation.num_examples} examples cannot be")
+    text = evaluation.model_dump_json()
+    with house.database.write() as session:
+        run = get_run(session, address.run)
+        row = get_round(house, session, run, address.stage, address.round)
+        asked = session.get(EvaluationRow, (row.id, address.device_id))
+        if asked is None:
+            raise UpdateRejectedError(f"this device was not asked to evaluate {address.text}; check in for work")
+        if asked.evaluation == text:
+            return _accepted(address)
+        if asked.evaluation is not None:
+            raise UpdateRejectedError(f"{address.text} has counted another evaluation of this device; check in for new work")
+        advance(house, session, run, house.clock())
+        if row.phase != "evaluating":
+            raise RoundClosedError(f"{address.text} takes no more evaluations; check in for new work")
+        asked.evaluation = text
+        session.flush()
+        advance(house, session, run, house.clock())
+    return _accepted(address)
+
+
+def _accepted(address: Address) -> Accepted:
+    return Accepted(run=address.run, stage=address.stage, round=address.round)

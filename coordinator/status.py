@@ -1,0 +1,74 @@
+"""What a run has done and what it waits for, as a user sees it."""
+
+from math import fsum
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from coordinator.house import House
+from coordinator.rounds import get_run
+from coordinator.tables import DeviceRow, EvaluationRow, RoundRow, RunRow, UpdateRow, WeightRow
+from coordinator.waiting import describe, describe_round
+from lamina.wire import DeviceReport, Evaluation, RoundStatus, RunList, RunStatus, TrainReport
+
+
+def list_runs(house: House) -> RunList:
+    """All runs in the order of publishing."""
+    with house.database.read() as session:
+        return RunList(runs=tuple(run.id for run in session.scalars(select(RunRow).order_by(RunRow.number))))
+
+
+def run_status(house: House, run_id: str) -> RunStatus:
+    """A run with all of its rounds so far. Raises UnknownNameError."""
+    now = house.clock()
+    with house.database.read() as session:
+        run = get_run(session, run_id)
+        rows = session.scalars(
+            select(RoundRow).where(RoundRow.run_number == run.number).order_by(RoundRow.stage, RoundRow.round)
+        ).all()
+        weights = session.execute(select(WeightRow.segment, WeightRow.blob).where(WeightRow.run_number == run.number)).all()
+        return RunStatus(
+            run=run.id,
+            name=run.name,
+            state="finished" if run.is_finished else "running",
+            manifest=run.manifest,
+            stage=run.stage,
+            round=run.round,
+            detail=describe(house, session, run, now),
+            rounds=tuple(_round_status(house, session, run, row, now) for row in rows),
+            weights={segment: blob for segment, blob in weights},
+        )
+
+
+def _round_status(house: House, session: Session, run: RunRow, row: RoundRow, now: float) -> RoundStatus:
+    texts = session.scalars(
+        select(EvaluationRow.evaluation).where(EvaluationRow.round_id == row.id, EvaluationRow.evaluation.is_not(None))
+    ).all()
+    evaluations = [Evaluation.model_validate_json(text or "") for text in texts]
+    examples = sum(evaluation.num_examples for evaluation in evaluations)
+    # fsum: exact, so the same evaluations give the same number in any order.
+    loss = fsum(evaluation.loss * evaluation.num_examples for evaluation in evaluations)
+    return RoundStatus(
+        stage=row.stage,
+        round=row.round,
+        # To a user, a round that is being aggregated is still the training part of it; `waiting_for` says which.
+        state="training" if row.phase == "aggregating" else row.phase,
+        waiting_for=describe_round(house, session, run, row, now),
+        updates=_reports(session, row),
+        test_examples=examples,
+        test_correct=sum(evaluation.correct for evaluation in evaluations),
+        test_loss=loss / examples if examples else None,
+    )
+
+
+def _reports(session: Session, row: RoundRow) -> tuple[DeviceReport, ...]:
+    found = session.execute(
+        select(DeviceRow.name, UpdateRow.engine, UpdateRow.report)
+        .join(DeviceRow, DeviceRow.id == UpdateRow.device_id)
+        .where(UpdateRow.round_id == row.id)
+        .order_by(DeviceRow.name)
+    ).all()
+    return tuple(
+        DeviceReport(device=name, engine=engine, report=TrainReport.model_validate_json(report))
+        for name, engine, report in found
+    )

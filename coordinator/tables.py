@@ -1,0 +1,110 @@
+"""The tables: everything that decides anything about a run is a row here, so a restart finds what a crash left.
+
+Times are seconds since 1970 by the coordinator's clock. A round's rows:
+
+    rounds       training -> aggregating -> evaluating -> closed; it never goes back
+    places       who may send an update; a place that was given to another device stays, marked as lost
+    updates      what was accepted; such a row is never changed or deleted
+    evaluations  who was asked to evaluate the new weights, and the answer
+"""
+
+from typing import Literal
+
+from sqlalchemy import ForeignKey, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from lamina.manifest import EngineName
+
+SCHEMA_VERSION = 1
+
+RoundPhase = Literal["training", "aggregating", "evaluating", "closed"]
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class DeviceRow(Base):
+    """A device, and what it said when it last asked for work. Its token is kept as a hash only."""
+
+    __tablename__ = "devices"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(unique=True)
+    token_sha256: Mapped[str] = mapped_column(unique=True)
+    seen_unix_seconds: Mapped[float | None]
+    run_number: Mapped[int | None] = mapped_column(ForeignKey("runs.number"), index=True)
+    engine: Mapped[EngineName | None] = mapped_column(Text)
+    test_examples: Mapped[int] = mapped_column(default=0)
+
+
+class RunRow(Base):
+    """One execution of a plan. `stage` and `round` are where it stands, `since_unix_seconds` since when."""
+
+    __tablename__ = "runs"
+    number: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    manifest: Mapped[str]
+    is_finished: Mapped[bool] = mapped_column(default=False)
+    stage: Mapped[int] = mapped_column(default=0)
+    round: Mapped[int] = mapped_column(default=0)
+    since_unix_seconds: Mapped[float]
+
+    @property
+    def id(self) -> str:
+        return f"run-{self.number}"
+
+
+class WeightRow(Base):
+    """The newest weights of a segment in a run: initial, or as last aggregated."""
+
+    __tablename__ = "weights"
+    run_number: Mapped[int] = mapped_column(ForeignKey("runs.number"), primary_key=True)
+    segment: Mapped[str] = mapped_column(primary_key=True)
+    blob: Mapped[str]
+
+
+class RoundRow(Base):
+    """A round that has started. `since_unix_seconds` is when its present phase began."""
+
+    __tablename__ = "rounds"
+    __table_args__ = (UniqueConstraint("run_number", "stage", "round"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    run_number: Mapped[int] = mapped_column(ForeignKey("runs.number"))
+    stage: Mapped[int]
+    round: Mapped[int]
+    phase: Mapped[RoundPhase] = mapped_column(Text, default="training", index=True)
+    since_unix_seconds: Mapped[float]
+
+
+class PlaceRow(Base):
+    """A device's place in the cohort of a round."""
+
+    __tablename__ = "places"
+    round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"), primary_key=True)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+    lease_ends_unix_seconds: Mapped[float]
+    is_lost: Mapped[bool] = mapped_column(default=False)
+
+
+class UpdateRow(Base):
+    """An accepted update. `content_sha256` is over the decoded values, so that it is the same for every encoding."""
+
+    __tablename__ = "updates"
+    round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"), primary_key=True)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+    body_sha256: Mapped[str]
+    content_sha256: Mapped[str]
+    num_examples: Mapped[int]
+    report: Mapped[str] = mapped_column(Text)
+    engine: Mapped[EngineName] = mapped_column(Text)
+    test_examples: Mapped[int]
+
+
+class EvaluationRow(Base):
+    """A device that is asked to evaluate; `body_sha256` and `evaluation` are None until it has answered."""
+
+    __tablename__ = "evaluations"
+    round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"), primary_key=True)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+    lease_ends_unix_seconds: Mapped[float]
+    evaluation: Mapped[str | None] = mapped_column(Text)

@@ -1,0 +1,68 @@
+"""One sentence for whatever a run waits for: for what, since when, until when. The same in answers, status and log."""
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from coordinator.house import House
+from coordinator.rounds import awaited_evaluations, count_here, count_updates, current_round, places
+from coordinator.tables import EvaluationRow, RoundRow, RunRow, UpdateRow
+from lamina.plan import Cohort
+
+
+def describe(house: House, session: Session, run: RunRow, now: float) -> str:
+    """What the run waits for, or that it is finished."""
+    if run.is_finished:
+        return f"{run.id} is finished"
+    row = current_round(session, run)
+    cohort = house.manifest(run.manifest).plan.cohort
+    if row is None:
+        here = count_here(house, session, run, now)
+        return (
+            f"round {run.round} of stage {run.stage} waits for its cohort since {_seconds(now - run.since_unix_seconds)}: "
+            f"{here} of {cohort.size} devices are here; it starts when all are, without a time limit"
+        )
+    return describe_round(house, session, run, row, now)
+
+
+def describe_round(house: House, session: Session, run: RunRow, row: RoundRow, now: float) -> str:
+    """What a started round waits for; empty for a closed one."""
+    name = f"round {row.round} of stage {row.stage}"
+    open_for = _seconds(now - row.since_unix_seconds)
+    cohort = house.manifest(run.manifest).plan.cohort
+    if row.phase == "training":
+        return f"{name} open for {open_for}: {_training(session, row, cohort, now)}"
+    if row.phase == "aggregating":
+        trouble = house.trouble.get(row.id)
+        failed = f"; the last attempt failed and is repeated: {trouble}" if trouble else "; this takes seconds"
+        return f"{name} is being aggregated for {open_for}: {count_updates(session, row)} updates{failed}"
+    if row.phase == "evaluating":
+        asked = session.scalars(select(func.count()).where(EvaluationRow.round_id == row.id)).one()
+        awaited = awaited_evaluations(house, session, run, row, now)
+        last = max((place.lease_ends_unix_seconds for place in awaited), default=now)
+        last = min(last, row.since_unix_seconds + cohort.deadline_seconds)
+        return (
+            f"{name} evaluating for {open_for}: {asked - len(awaited)} of {asked} evaluations, "
+            f"the last lease ends in {_seconds(last - now)}"
+        )
+    return ""
+
+
+def _training(session: Session, row: RoundRow, cohort: Cohort, now: float) -> str:
+    sent = set(session.scalars(select(UpdateRow.device_id).where(UpdateRow.round_id == row.id)))
+    parts = [f"{len(sent)} of {cohort.size} updates"]
+    held = places(session, row)
+    leases = [place.lease_ends_unix_seconds for place in held if place.device_id not in sent]
+    if leases:
+        parts.append(f"the next lease ends in {_seconds(min(leases) - now)}")
+    if len(held) < cohort.size:
+        parts.append(f"{cohort.size - len(held)} places are free")
+    left = row.since_unix_seconds + cohort.deadline_seconds - now
+    if left > 0:
+        parts.append(f"it closes in {_seconds(left)} if {cohort.min_updates} updates are there")
+    else:
+        parts.append(f"past its deadline, it closes with {cohort.min_updates} updates")
+    return ", ".join(parts)
+
+
+def _seconds(value: float) -> str:
+    return f"{max(value, 0):.0f} s"

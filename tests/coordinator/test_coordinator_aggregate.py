@@ -1,0 +1,138 @@
+"""The weighted mean against a plain float64 one, and that nothing but its inputs decides its bytes."""
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from coordinator_harness import InProcess, make_bundle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coordinator.aggregate import Contribution, weighted_mean
+from coordinator.updates import check_content
+from lamina.plan import Cohort
+from lamina.segments import TensorSpec
+from lamina.tensors import Encoding, encode
+from lamina.wire import TrainReport
+
+SPECS = [TensorSpec(name="a/w", shape=(3, 2)), TensorSpec(name="a/b", shape=()), TensorSpec(name="b/w", shape=(4,))]
+START = {spec.name: np.full(spec.shape, 0.25, np.float32) for spec in SPECS}
+
+
+def write(folder: Path, index: int, seed: int, scale: float, encoding: Encoding, num_examples: int) -> Contribution:
+    """An update on disk, as the coordinator knows it."""
+    random = np.random.default_rng(seed)
+    path = folder / f"{index}"
+    values = {spec.name: np.asarray(random.standard_normal(spec.shape) * scale, np.float32) for spec in SPECS}
+    path.write_bytes(encode(values, encoding))
+    return Contribution(check_content(str(path), SPECS), num_examples, path)
+
+
+updates = st.lists(
+    st.tuples(
+        st.integers(0, 5),  # few seeds, so that equal updates occur
+        st.sampled_from([1e-6, 1.0, 1e3]),
+        st.sampled_from(["fp32", "fp16"]),
+        st.integers(1, 10**6),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=updates, data=st.data())
+def test_the_mean_is_that_of_float64_and_its_bytes_do_not_depend_on_the_order(tmp_path_factory, drawn, data) -> None:
+    folder = tmp_path_factory.mktemp("updates")
+    contributions = [write(folder, index, *update) for index, update in enumerate(drawn)]
+    shuffled = data.draw(st.permutations(contributions))
+
+    mean = weighted_mean(START, contributions, SPECS)
+    again = weighted_mean(START, shuffled, SPECS)
+
+    assert {name: value.tobytes() for name, value in mean.items()} == {n: v.tobytes() for n, v in again.items()}
+    total = sum(update[3] for update in drawn)
+    for spec in SPECS:
+        exact = START[spec.name].astype(np.float64)
+        for seed, scale, encoding, num_examples in drawn:
+            exact = exact + _stored(seed, scale, encoding)[spec.name] * (num_examples / total)
+        assert mean[spec.name].dtype == np.float32 and mean[spec.name].shape == spec.shape
+        np.testing.assert_allclose(mean[spec.name], exact, rtol=1e-6, atol=1e-6 * max(update[1] for update in drawn))
+
+
+def _stored(seed: int, scale: float, encoding: str) -> dict[str, np.ndarray]:
+    """The values of an update as they are after encoding, in float64."""
+    random = np.random.default_rng(seed)
+    kind = np.float16 if encoding == "fp16" else np.float32
+    return {
+        spec.name: np.asarray(random.standard_normal(spec.shape) * scale, np.float32).astype(kind).astype(np.float64)
+        for spec in SPECS
+    }
+
+
+def test_one_update_alone_gives_the_device_s_own_weights(tmp_path: Path) -> None:
+    only = write(tmp_path, 0, seed=1, scale=1.0, encoding="fp32", num_examples=3)
+    mean = weighted_mean(START, [only], SPECS)
+    for name, value in _stored(1, 1.0, "fp32").items():
+        np.testing.assert_array_equal(mean[name], (0.25 + value).astype(np.float32))
+
+
+def test_the_content_is_the_same_in_every_encoding_that_holds_it(tmp_path: Path) -> None:
+    values = {spec.name: np.full(spec.shape, 0.5, np.float32) for spec in SPECS}
+    hashes = set()
+    for encoding in ("fp32", "fp16"):
+        path = tmp_path / encoding
+        path.write_bytes(encode(values, encoding))
+        hashes.add(check_content(str(path), SPECS))
+    assert len(hashes) == 1
+
+
+def test_the_content_tells_different_values_apart(tmp_path: Path) -> None:
+    assert write(tmp_path, 0, 1, 1.0, "fp32", 1).content_sha256 != write(tmp_path, 1, 2, 1.0, "fp32", 1).content_sha256
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e29])
+def test_legal_updates_never_overflow(tmp_path: Path, scale: float) -> None:
+    contributions = [write(tmp_path, index, index, scale, "fp32", 2**40) for index in range(3)]
+    assert all(np.isfinite(value).all() for value in weighted_mean(START, contributions, SPECS).values())
+
+
+def test_memory_does_not_grow_with_the_number_of_updates(tmp_path: Path) -> None:
+    specs = [TensorSpec(name=f"a/{index}", shape=(50_000,)) for index in range(4)]
+    start = {spec.name: np.zeros(spec.shape, np.float32) for spec in specs}
+    peaks = []
+    for count in (2, 20):
+        contributions = []
+        for index in range(count):
+            path = tmp_path / f"{count}-{index}"
+            path.write_bytes(encode({spec.name: np.full(spec.shape, index, np.float32) for spec in specs}))
+            contributions.append(Contribution(f"{index:064}", 1, path))
+        tracemalloc.start()
+        weighted_mean(start, contributions, specs)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.05 * peaks[0]
+    assert peaks[0] < 5 * sum(4 * spec.count for spec in specs)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_order_of_arrival_and_restarts_do_not_change_the_bytes_of_a_run(make_coordinator, order) -> None:
+    """The names of the devices differ too: only what they learned and on how many examples decides."""
+    outcomes = []
+    for name, sequence, is_disturbed in (("calm", (0, 1, 2), False), ("other", order, True)):
+        coordinator: InProcess = make_coordinator(name)
+        coordinator.publish(make_bundle(cohort=Cohort(size=3)))
+        devices = [coordinator.join(f"{name}-{index}") for index in range(3)]
+        for device in devices:
+            device.check_in()
+        for index in sequence:
+            devices[index].name = f"d{index}"  # what the device learns follows from this name
+            report = TrainReport(
+                num_examples=index + 1, loss=float(order[index]), train_seconds=0, peak_bytes=0, bytes_down=0, bytes_up=0
+            )
+            assert devices[index].send(devices[index].work(), report=report).status_code == 200
+            if is_disturbed:
+                coordinator.restart()
+        outcomes.append(coordinator.weights())
+    assert outcomes[0] == outcomes[1]
