@@ -36,5 +36,5 @@ def assemble(
         status.update("write and compare the model")
         model = assemble_model(manifest, values, out)
     for path in (model.safetensors, model.state_dict, model.onnx, model.pte):
-        console.print(f"{path}  {path.stat().st_size:,} bytes")
-    console.print(f"largest difference of an output between PyTorch and the files: {model.max_difference:.1e}")
+        console.print(f"{path}  {path.stat().st_size:,} bytes", soft_wrap=True)
+    console.print(f"largest difference of an output between PyTorch and the files: {model.max_difference:.1e}", soft_wrap=True)

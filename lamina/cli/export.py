@@ -55,7 +55,9 @@ def export(
 
         manifest = export_bundle(Plan.from_file(plan), out, chosen, on_progress=show, workers=jobs)
     console.print(_cost_table(manifest))
-    console.print(f"{out}: {len(manifest.programs)} programs, {sum(manifest.blobs.values()):,} bytes in all")
+    console.print(
+        f"{out}: {len(manifest.programs)} program files, {sum(manifest.blobs.values()):,} bytes in all", soft_wrap=True
+    )
 
 
 def _cost_table(manifest: "Manifest") -> "Table":

@@ -1,0 +1,96 @@
+"""What a stage costs a device, before anything is run. The conventions are those of the methods' papers.
+
+FLOPs are multiply-accumulates of the forward pass for one sample, as a profiler counts them: matrix products and
+convolutions; norms and activations are negligible. Training costs three times the forward pass, a frozen part once.
+"""
+
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.utils.flop_counter import FlopCounterMode
+
+from lamina.plan import SGD, OptimizerSettings
+
+TRAINING_FACTOR = 3
+
+
+def forward_macs(module: nn.Module, example: Iterable[Tensor]) -> int:
+    """Multiply-accumulates of one forward pass; `example` holds one sample."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        module(*example)
+    return int(counter.get_total_flops()) // 2
+
+
+def moments_per_parameter(optimizer: OptimizerSettings) -> int:
+    """Numbers that the optimiser keeps for each parameter."""
+    if isinstance(optimizer, SGD):
+        return 1 if optimizer.momentum else 0
+    return 2
+
+
+def planned_bytes(parameters: int, optimizer: OptimizerSettings, activation_bytes: int) -> int:
+    """Weights, gradients and moments as float32, and the values between them for one batch."""
+    return 4 * parameters * (2 + moments_per_parameter(optimizer)) + activation_bytes
+
+
+def peak_live_bytes(program: ExportedProgram, batch: int) -> int:
+    """The largest sum of tensors alive at once when the graph runs in its written order at this batch size.
+
+    Weights and batch inputs belong to the caller and are not counted; outputs live to the end; a view owns no memory.
+    """
+    nodes = list(program.graph.nodes)
+    owner: dict[Node, Node | None] = {}
+    last_use: dict[Node, int] = {}
+    for index, node in enumerate(nodes):
+        for source in node.all_input_nodes:
+            holder = owner[source]
+            if holder is not None:
+                last_use[holder] = index
+        owner[node] = owner[node.all_input_nodes[0]] if _is_view(node) else (node if _owns(node) else None)
+    ends: dict[int, list[Node]] = {}
+    for holder, index in last_use.items():
+        ends.setdefault(index, []).append(holder)
+    live = peak = 0
+    for index, node in enumerate(nodes):
+        if owner[node] is node:
+            live += _bytes(node.meta.get("val"), batch)
+        peak = max(peak, live)
+        live -= sum(_bytes(done.meta.get("val"), batch) for done in ends.get(index, []))
+        if owner[node] is node and node not in last_use:
+            live -= _bytes(node.meta.get("val"), batch)
+    return peak
+
+
+def _owns(node: Node) -> bool:
+    return node.op == "call_function"
+
+
+def _is_view(node: Node) -> bool:
+    if node.op != "call_function" or not node.all_input_nodes:
+        return False
+    if getattr(node.target, "__name__", "") == "getitem" or node.target is torch.ops.aten._unsafe_view.default:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(value.alias_info is not None for value in schema.returns)
+
+
+def _bytes(value: Any, batch: int) -> int:
+    if isinstance(value, Tensor):
+        return prod(_size(size, batch) for size in value.shape) * value.element_size()
+    if isinstance(value, tuple | list):
+        return sum(_bytes(item, batch) for item in value)
+    return 0
+
+
+def _size(size: int | torch.SymInt, batch: int) -> int:
+    """A size that may depend on the batch, the only symbol of our graphs."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, batch)))

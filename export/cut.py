@@ -1,0 +1,240 @@
+"""Cutting: model + stage -> a module that holds the active segments and nothing else.
+
+The frozen prefix is not flagged but absent: its layers are no part of the cut module, so no graph traced from it can hold
+them. Where a modality's stem is active, the cut module takes the raw input, else the features that its frozen prefix made.
+
+Any `nn.Module` of this shape can be cut (`export.models` describes it in words):
+
+    model.encoders[modality].stem      raw input -> (batch, tokens, width)
+    model.encoders[modality].layers    a ModuleList of (batch, tokens, width) -> the same
+    model.encoders[modality].norm      the same again; `nn.Identity()` if there is none
+    model.projections[modality]        (batch, width), the mean over tokens -> (batch, output)
+    model.head                         the joined projections -> (batch, classes), for a supervised objective
+
+What cannot be cut is refused here, before anything is traced, with the name of the layer or tensor and the way out.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from export.objectives import apply_objective
+from lamina.errors import CutError
+from lamina.manifest import LABEL
+from lamina.model import Encoder, ModelDescription, Supervised
+from lamina.plan import Stage
+from lamina.segments import HEAD, Segment, TensorSpec, layer, norm, projection, segment_names, stem
+
+Segments = Mapping[str, nn.Module]
+
+
+def find_segments(model: nn.Module, description: ModelDescription) -> dict[str, nn.Module]:
+    """Segment name -> module of the model, in exchange order. Raises CutError if the model is not of the shape above."""
+    encoders, projections = _child(model, "encoders"), _child(model, "projections")
+    found: dict[str, nn.Module] = {}
+    for modality in description.modalities:
+        where = f"encoders[{modality!r}]"
+        encoder = _item(encoders, modality, "encoders")
+        layers = list(_child(encoder, "layers", where).children())
+        if not layers:
+            raise CutError(f"{where} has no layers: a strategy needs at least one to train; give `layers` one module each")
+        found[stem(modality)] = _child(encoder, "stem", where)
+        found |= {layer(modality, index): module for index, module in enumerate(layers)}
+        found[norm(modality)] = _child(encoder, "norm", where)
+        found[projection(modality)] = _item(projections, modality, "projections")
+    if isinstance(description.objective, Supervised):
+        found[HEAD] = _child(model, "head")
+    if list(found) != segment_names(description):
+        raise CutError(
+            f"the model's segments are not those of its description {description.name!r}: "
+            f"only in the model {sorted(set(found) - set(segment_names(description)))}, "
+            f"only in the description {sorted(set(segment_names(description)) - set(found))}; make the two agree"
+        )
+    _check_ownership(model, found)
+    _check_tensors(model)
+    _check_shapes(found, description)
+    return found
+
+
+def describe_segment(name: str, module: nn.Module, description: ModelDescription) -> Segment:
+    """A segment with its tensors in the order of `named_parameters()`, which is the exchange order."""
+    modality = name.split(".", maxsplit=1)[0]
+    return Segment(
+        name=name,
+        modality=modality if modality in description.modalities and name != HEAD else None,
+        tensors=tuple(TensorSpec(name=key, shape=tuple(value.shape)) for key, value in module.named_parameters()),
+    )
+
+
+@dataclass(frozen=True)
+class StageCut:
+    """The active part of a stage.
+
+    `module(*inputs)` gives (loss, correct). `weights` names its parameters `segment/tensor`, in the order of
+    `module.parameters()`; `inputs` are its batch inputs without the batch axis.
+    """
+
+    module: nn.Module
+    weights: tuple[TensorSpec, ...]
+    inputs: tuple[TensorSpec, ...]
+
+
+def cut_stage(segments: Segments, description: ModelDescription, stage: Stage) -> StageCut:
+    """The cut module of a stage: a copy of the active segments; the given model stays as it is."""
+    module = _StageModule(segments, description, stage)
+    weights = tuple(
+        TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
+        for name in stage.active
+        for tensor in describe_segment(name, segments[name], description).tensors
+    )
+    if [spec.shape for spec in weights] != [tuple(value.shape) for value in module.parameters()]:
+        raise CutError(f"stage {stage.index}: the cut module's tensors are not in exchange order; this is a fault of lamina")
+    inputs = [
+        raw_input(encoder) if stem(encoder.modality) in stage.active else features(encoder) for encoder in description.encoders
+    ]
+    if isinstance(description.objective, Supervised):
+        inputs.append(TensorSpec(name=LABEL, shape=(), dtype="int64"))
+    return StageCut(module=module, weights=weights, inputs=tuple(inputs))
+
+
+def raw_input(encoder: Encoder) -> TensorSpec:
+    """What the stem takes."""
+    is_text = encoder.input.kind == "text_tokens"
+    return TensorSpec(name=encoder.modality, shape=encoder.input.shape, dtype="int64" if is_text else "float32")
+
+
+def features(encoder: Encoder) -> TensorSpec:
+    """What the stem and every layer give."""
+    return TensorSpec(name=encoder.modality, shape=(encoder.input.tokens, encoder.width))
+
+
+def example_inputs(
+    description: ModelDescription, specs: tuple[TensorSpec, ...], batch: int, seed: int = 0
+) -> tuple[Tensor, ...]:
+    """Random legal inputs: normal values, token ids below the vocabulary, labels below the number of classes."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for spec in specs:
+        shape = (batch, *spec.shape)
+        if spec.dtype == "float32":
+            found.append(torch.randn(shape, generator=generator))
+        else:
+            found.append(torch.randint(_bound(description, spec.name), shape, generator=generator))
+    return tuple(found)
+
+
+class _StageModule(nn.Module):
+    """The active segments as `parts.0`, `parts.1`, ...: the names must not tell which layer of the model it is, so that
+    stages of equal shape give the same graph."""
+
+    def __init__(self, segments: Segments, description: ModelDescription, stage: Stage) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(deepcopy(segments[name]).train().requires_grad_(True) for name in stage.active)
+        position = {name: index for index, name in enumerate(stage.active)}
+        self.routes = [
+            [
+                [position[name] for name in stage.active_chain(description, modality)],
+                [position[norm(modality)], position[projection(modality)]],
+            ]
+            for modality in description.modalities
+        ]
+        self.head = position.get(HEAD)
+        self.objective = description.objective
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        embeddings = []
+        for x, (chain, (norm_at, projection_at)) in zip(inputs, self.routes, strict=False):
+            for index in chain:
+                x = self.parts[index](x)
+            embeddings.append(self.parts[projection_at](self.parts[norm_at](x).mean(dim=1)))
+        if self.head is None:
+            return apply_objective(self.objective, None, embeddings, None)
+        return apply_objective(self.objective, self.parts[self.head], embeddings, inputs[-1])
+
+
+def _child(module: nn.Module, name: str, where: str = "the model") -> nn.Module:
+    child = getattr(module, name, None)
+    if not isinstance(child, nn.Module):
+        raise CutError(f"{where} has no module `{name}`; see export/cut.py for the shape that a model must have")
+    return child
+
+
+def _item(modules: nn.Module, modality: str, where: str) -> nn.Module:
+    child = dict(modules.named_children()).get(modality)
+    if child is None:
+        raise CutError(
+            f"{where} has no module for modality {modality!r}, only {[name for name, _ in modules.named_children()]}"
+        )
+    return child
+
+
+def _check_ownership(model: nn.Module, segments: Segments) -> None:
+    """Each parameter belongs to exactly one segment."""
+    owners: dict[int, list[str]] = {}
+    for name, module in segments.items():
+        for key, parameter in module.named_parameters():
+            owners.setdefault(id(parameter), []).append(f"{name}/{key}")
+    for names in owners.values():
+        if len(names) > 1:
+            raise CutError(
+                f"{names[0]} and {names[1]} are one tied parameter: frozen in one segment and trained in the other it would "
+                "not stay one; give each segment its own"
+            )
+    for key, parameter in model.named_parameters():
+        if id(parameter) not in owners:
+            raise CutError(f"parameter {key!r} belongs to no segment, so nobody would train or send it; move it into one")
+
+
+def _check_tensors(model: nn.Module) -> None:
+    for key, parameter in model.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise CutError(f"parameter {key!r} is {parameter.dtype}; programs train float32: call model.float()")
+        if parameter.device.type != "cpu":
+            raise CutError(f"parameter {key!r} is on {parameter.device}; export reads weights on the CPU: call model.cpu()")
+    for key, _ in model.named_buffers():
+        raise CutError(
+            f"buffer {key!r} is neither trained nor sent, so devices would disagree about it; use LayerNorm or GroupNorm "
+            "instead of BatchNorm, and compute constants in forward()"
+        )
+
+
+def _check_shapes(segments: Segments, description: ModelDescription) -> None:
+    """Runs every segment once, on two random samples."""
+    batch = 2
+    for encoder in description.encoders:
+        expected = (batch, *features(encoder).shape)
+        (x,) = example_inputs(description, (raw_input(encoder),), batch)
+        chain = [stem(encoder.modality), *(layer(encoder.modality, i) for i in range(encoder.layers)), norm(encoder.modality)]
+        with torch.no_grad():
+            for name in chain:
+                x = _run(name, segments[name], x)
+                if tuple(x.shape) != expected:
+                    raise CutError(
+                        f"{name} gives shape {tuple(x.shape)} for {batch} samples, but the description promises {expected} "
+                        "(batch, tokens, width) after the stem, every layer and the norm; a layer must keep both"
+                    )
+            z = _run(projection(encoder.modality), segments[projection(encoder.modality)], x.mean(dim=1))
+        if z.ndim != 2 or len(z) != batch:
+            raise CutError(f"{projection(encoder.modality)} gives shape {tuple(z.shape)}, expected (batch, output)")
+
+
+def _run(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    try:
+        y = module(x)
+    except (RuntimeError, TypeError, IndexError, ValueError) as error:
+        raise CutError(f"{name} cannot take an input of shape {tuple(x.shape)} and {x.dtype}: {error}") from error
+    if not isinstance(y, Tensor):
+        raise CutError(f"{name} gives a {type(y).__name__}; a segment takes one tensor and gives one: wrap it in a module")
+    return y
+
+
+def _bound(description: ModelDescription, name: str) -> int:
+    """Exclusive upper bound of an int64 input."""
+    if name == LABEL and isinstance(description.objective, Supervised):
+        return description.objective.classes
+    spec = description.encoder(name).input
+    assert spec.kind == "text_tokens"
+    return spec.vocabulary

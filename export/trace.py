@@ -1,0 +1,119 @@
+"""Tracing: modules -> graphs that take their weights as inputs.
+
+    forward_graph    (weights, inputs) -> what the module gives
+
+A graph is an ATen `ExportedProgram` whose placeholders are `weights_0..` and `inputs_0..`, whose batch axis may be
+1..max_batch, and which holds neither tensors nor source paths. So two layers of equal shape give equal graphs, whatever
+their place in the model, and `graph_text` tells whether two graphs are equal.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.func import functional_call
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from lamina.errors import CutError
+
+EXAMPLE_BATCH = 2
+_MAX_CONSTANT_ELEMENTS = 16  # a scalar of the code is fine; more is data that belongs in a parameter
+_KEPT_META = ("val", "tensor_meta")  # the rest are stack traces and module paths of the machine that exported
+
+Arrays = tuple[Tensor, ...]
+
+
+def forward_graph(module: nn.Module, example: Arrays, max_batch: int) -> ExportedProgram:
+    """The graph of `module(*inputs)` as a function of (weights, inputs), weights in the order of `named_parameters()`."""
+    names = [name for name, _ in module.named_parameters()]
+    weights = tuple(value.detach() for value in module.parameters())
+
+    def run(weights: Arrays, inputs: Arrays) -> Any:
+        return functional_call(module, dict(zip(names, weights, strict=True)), inputs)
+
+    return trace_function(run, weights, example, max_batch)
+
+
+def trace_function(
+    function: Callable[[Arrays, Arrays], Any], weights: Arrays, example: Arrays, max_batch: int
+) -> ExportedProgram:
+    """Exports a function of (weights, inputs); every input has a leading batch axis of 1..max_batch."""
+    batch = traced_batch(max_batch)
+    shapes = (tuple(None for _ in weights), tuple({0: batch} for _ in example))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own internals
+        program = torch.export.export(_Function(function), (weights, example), dynamic_shapes=shapes)
+    allow_batches(program, max_batch)
+    _strip(program)
+    _refuse_state(program)
+    return program
+
+
+def traced_batch(max_batch: int) -> Any:
+    """The batch axis while tracing: two samples or more, because torch takes size 1 for a special case."""
+    return Dim("batch", min=2, max=max(3, max_batch))
+
+
+def allow_batches(program: ExportedProgram, max_batch: int) -> None:
+    """Declares the graph's only symbol, the batch, as 1..max_batch: no operation of it asks for the size."""
+    if len(program.range_constraints) != 1:
+        raise CutError(
+            f"the graph has {len(program.range_constraints)} sizes that vary, expected the batch alone: a layer must treat "
+            "samples alike and use no batch size of its own"
+        )
+    for symbol in program.range_constraints:
+        program.range_constraints[symbol] = ValueRanges(1, max_batch)
+    program._guards_code = []
+
+
+def graph_text(program: ExportedProgram) -> str:
+    """A text that is equal for two graphs if and only if they compute the same in the same order, for the same shapes."""
+    lines = [f"{node.format_node()} # {_describe(node.meta.get('val'))}" for node in program.graph.nodes]
+    ranges = {str(symbol): str(bounds) for symbol, bounds in program.range_constraints.items()}
+    constants = {name: value.tolist() for name, value in program.constants.items() if isinstance(value, Tensor)}
+    return "\n".join([*lines, json.dumps([ranges, constants], sort_keys=True)])
+
+
+class _Function(nn.Module):
+    """A module without parameters around a function, because torch exports modules."""
+
+    def __init__(self, function: Callable[[Arrays, Arrays], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, weights: Arrays, inputs: Arrays) -> Any:
+        return self.function(weights, inputs)
+
+
+def _strip(program: ExportedProgram) -> None:
+    """Leaves the graph alone: torch would keep the example arrays, that is the weights, and write them into the file."""
+    program.example_inputs = None
+    for node in program.graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_META}
+
+
+def _refuse_state(program: ExportedProgram) -> None:
+    for name, value in {**program.state_dict, **program.constants}.items():
+        if isinstance(value, Tensor) and value.numel() > _MAX_CONSTANT_ELEMENTS:
+            raise CutError(
+                f"the graph holds a constant tensor {name!r} of shape {tuple(value.shape)}; a program carries no weights: "
+                "make it a parameter, or compute it in forward()"
+            )
+    for node in program.graph.nodes:
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CutError(
+                f"the graph draws random numbers or uses a fused kernel ({node.target}); engines would disagree: set dropout "
+                "to 0 and write attention as plain matrix products (export/models.py)"
+            )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, Sequence):
+        return f"({', '.join(_describe(item) for item in value)})"
+    return str(value)

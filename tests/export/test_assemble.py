@@ -1,0 +1,144 @@
+"""The assembled model: three files, one prediction."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from export.assemble import assemble, attached_model
+from export.cut import describe_segment
+from export.models import build_model
+from lamina.cli.main import app
+from lamina.errors import ConfigError, ParityError, TensorFileError
+from lamina.manifest import Manifest
+from lamina.model import Contrastive, ImagePatches, ModelDescription, TextTokens
+from lamina.plan import Plan
+from lamina.tensors import encode
+from tests.export.tiny import AUDIO, CLASSES, LAYERS, ONE, TWO, describe, one_stage, plan_of
+
+SHALLOW = describe(*(encoder.model_copy(update={"layers": 1}) for encoder in TWO.encoders))
+
+
+def bare_manifest(plan):
+    """The manifest of a bundle that was exported for no engine: assembling needs the plan and the segments alone."""
+    segments = tuple(
+        describe_segment(name, module, plan.model) for name, module in build_model(plan.model, 0).segments().items()
+    )
+    nothing = dict.fromkeys(
+        ("active_parameters", "frozen_parameters", "flops_per_sample", "prefix_flops_per_sample", "frozen_bytes"), 0
+    ) | {"planned_bytes": {}, "program_bytes": {}, "round_bytes_down": 0, "round_bytes_up": 0}
+    return Manifest(
+        plan=plan,
+        segments=segments,
+        initial_weights={segment.name: "0" * 64 for segment in segments},
+        programs={},
+        frozen_programs={},
+        stages=tuple({"index": stage.index, "train": {}, "eval": {}, "cost": nothing} for stage in plan.stages),
+        blobs={"0" * 64: 0},
+        versions={},
+    )
+
+
+def trained(description, seed=5):
+    model = build_model(description, seed)
+    return {n: {k: p.detach().numpy() for k, p in m.named_parameters()} for n, m in model.segments().items()}
+
+
+def test_the_three_files_predict_the_same(tmp_path):
+    random = np.random.default_rng(0)
+    inputs = {e.modality: random.normal(size=(9, *e.input.shape)).astype(np.float32) for e in SHALLOW.encoders}
+    # More than two batches of the plan: the files are compared on all of them.
+    made = assemble(bare_manifest(plan_of(SHALLOW)), trained(SHALLOW), tmp_path, inputs=list(inputs.values()))
+    assert made.max_difference < 1e-5
+    assert [len(logits) for (logits,) in made.outputs.values()] == [9, 9, 9]
+    reference = build_model(SHALLOW, 5)
+    for state in (load_file(made.safetensors), torch.load(made.state_dict)):
+        own = build_model(SHALLOW, 0)
+        own.load_state_dict(state)
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), reference.parameters(), strict=True))
+    session = onnxruntime.InferenceSession(str(made.onnx))
+    (logits,) = session.run(["logits"], inputs)
+    with torch.no_grad():
+        (expected,) = reference(*(torch.from_numpy(x) for x in inputs.values()))
+    assert logits.shape == (9, CLASSES)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-5)
+    assert ModelDescription.from_file(tmp_path / "model.json") == SHALLOW
+    assert max(np.prod(t.dims) for t in onnx.load(made.onnx).graph.initializer) > 100  # the weights are inside
+
+
+def test_a_contrastive_model_gives_unit_embeddings(tmp_path):
+    text = AUDIO.model_copy(update={"layers": 1, "modality": "text", "input": TextTokens(vocabulary=7, length=4)})
+    image = AUDIO.model_copy(
+        update={"layers": 1, "modality": "image", "input": ImagePatches(channels=1, height=4, width=4, patch=2)}
+    )
+    model = ModelDescription(name="c", encoders=(image, text), projection=ONE.projection, objective=Contrastive())
+    made = assemble(bare_manifest(plan_of(model, "end_to_end")), trained(model), tmp_path)
+    session = onnxruntime.InferenceSession(str(made.onnx))
+    assert [value.name for value in session.get_outputs()] == ["image_embedding", "text_embedding"]
+    given = session.run(None, {"image": np.ones((3, 1, 4, 4), np.float32), "text": np.ones((3, 4), np.int64)})
+    for embedding in given:
+        np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, atol=1e-4)
+
+
+def test_layers_that_were_never_attached_are_left_out(tmp_path):
+    plan = plan_of()
+    short = Plan(**{**dict(plan), "stages": plan.stages[:2]})
+    assert attached_model(short).encoders[0].layers == LAYERS - 1
+    assemble(bare_manifest(short), trained(ONE), tmp_path)
+    kept = {key.split(".")[3] for key in load_file(tmp_path / "model.safetensors") if ".layers." in key}
+    assert kept == {str(index) for index in range(LAYERS - 1)}
+
+
+def test_inputs_must_fit_the_model(tmp_path):
+    x = np.zeros((2, AUDIO.input.frames - 1, AUDIO.input.coefficients), np.float32)
+    with pytest.raises(ConfigError, match="inputs must have shapes"):
+        assemble(bare_manifest(plan_of()), trained(ONE), tmp_path, inputs=[x])
+
+
+def test_wrong_weights_are_refused_by_name(tmp_path):
+    manifest = bare_manifest(plan_of())
+    weights = trained(ONE)
+    with pytest.raises(TensorFileError, match="no weights for segment head"):
+        assemble(manifest, {name: value for name, value in weights.items() if name != "head"}, tmp_path)
+    with pytest.raises(TensorFileError, match=r"head has tensors \['bias', 'weight'\], given \['bias'\]"):
+        assemble(manifest, weights | {"head": {"bias": np.zeros(3, np.float32)}}, tmp_path)
+    with pytest.raises(TensorFileError, match=r"head/bias has shape \(3,\), given \(4,\)"):
+        assemble(manifest, weights | {"head": weights["head"] | {"bias": np.zeros(4, np.float32)}}, tmp_path)
+
+
+def test_a_file_that_predicts_something_else_is_refused(tmp_path, monkeypatch):
+    from export import assemble as room
+
+    def with_another_bias(network, example, description):
+        network.segments[-1].bias.data += 1
+        try:
+            return original(network, example, description)
+        finally:
+            network.segments[-1].bias.data -= 1
+
+    original = room._to_onnx
+    monkeypatch.setattr(room, "_to_onnx", with_another_bias)
+    with pytest.raises(ParityError, match="the onnx file of the assembled model differs from PyTorch by"):
+        assemble(bare_manifest(one_stage(plan_of())), trained(ONE), tmp_path)
+
+
+def test_command_line_from_plan_to_model(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "programs"))
+    (tmp_path / "plan.json").write_bytes(one_stage(plan_of()).to_json())
+    run = CliRunner().invoke
+    done = run(app, ["export", str(tmp_path / "plan.json"), "--out", str(tmp_path / "b"), "--engine", "torch", "--jobs", "1"])
+    assert done.exit_code == 0, done.output
+    assert "tiny: layerwise, batch 4" in done.output
+    assert "1 program files" in done.output
+    (tmp_path / "w").mkdir()
+    for name, tensors in trained(ONE).items():  # also of layers that were never attached, as `lamina pull` gives them
+        (tmp_path / "w" / f"{name}.safetensors").write_bytes(encode(tensors))
+    done = run(app, ["assemble", str(tmp_path / "b"), "--weights", str(tmp_path / "w"), "--out", str(tmp_path / "m")])
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in (tmp_path / "m").iterdir()} == {
+        f"model.{kind}" for kind in ("pt", "safetensors", "onnx", "pte", "json")
+    }

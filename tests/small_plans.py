@@ -1,0 +1,80 @@
+"""Small plans of every strategy, objective and kind of input, and their bundles, exported once for all test processes."""
+
+import fcntl
+from pathlib import Path
+
+from lamina.bundle import MANIFEST, read_bundle
+from lamina.manifest import Manifest
+from lamina.model import (
+    AudioFrames,
+    Contrastive,
+    Encoder,
+    ImagePatches,
+    ModelDescription,
+    Projection,
+    SensorWindows,
+    Supervised,
+    TextTokens,
+)
+from lamina.plan import Plan, Training
+from lamina.strategies import make_stages
+
+MAX_BATCH = 4
+_IMAGE = ImagePatches(channels=3, height=8, width=8, patch=4)
+# The second modality has one layer, so that its second stage has no active layer at all.
+_SIZES = {"width": 16, "heads": 2, "layers": 2}
+_PROJECTION = Projection(hidden=16, output=8)
+
+SUPERVISED = ModelDescription(
+    name="supervised",
+    encoders=(
+        Encoder(modality="image", input=_IMAGE, **_SIZES),
+        Encoder(modality="audio", input=AudioFrames(frames=5, coefficients=6), **(_SIZES | {"layers": 1})),
+    ),
+    projection=_PROJECTION,
+    objective=Supervised(classes=4),
+)
+CONTRASTIVE = ModelDescription(
+    name="contrastive",
+    encoders=(
+        Encoder(modality="image", input=_IMAGE, **_SIZES),
+        Encoder(modality="text", input=TextTokens(vocabulary=11, length=6), **(_SIZES | {"layers": 1})),
+    ),
+    projection=_PROJECTION,
+    objective=Contrastive(temperature=0.1),
+)
+SENSORS = ModelDescription(
+    name="sensors",
+    encoders=(Encoder(modality="motion", input=SensorWindows(channels=2, samples=12, patch=4), **_SIZES),),
+    projection=_PROJECTION,
+    objective=Supervised(classes=3),
+)
+
+
+def make_plan(model: ModelDescription, strategy: str = "layerwise", **training: object) -> Plan:
+    settings = Training(**({"batch_size": MAX_BATCH} | training))
+    stages = make_stages(model, strategy, rounds=4, learning_rate=0.1)
+    return Plan(name=f"{model.name}_{strategy}", model=model, strategy=strategy, stages=stages, training=settings)
+
+
+PLANS = {
+    plan.name: plan
+    for plan in (
+        *(make_plan(SUPERVISED, strategy) for strategy in ("layerwise", "progressive", "end_to_end")),
+        *(make_plan(CONTRASTIVE, strategy) for strategy in ("layerwise", "progressive", "end_to_end")),
+        make_plan(SENSORS),
+    )
+}
+
+
+def shared_bundle(plan: Plan, engines: tuple[str, ...], folder: Path, cache: Path) -> tuple[Path, Manifest]:
+    """The bundle of a plan in `folder`; the first process that asks exports it, the others wait."""
+    from export.bundle import export_bundle
+
+    name = "_".join((plan.name, *engines))
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / name / MANIFEST).exists():
+            export_bundle(plan, folder / name, engines, cache=cache)
+    return folder / name, read_bundle(folder / name)
