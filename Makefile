@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench bench-engines bench-memory clean
+.PHONY: demo test lint format docs bench bench-engines bench-memory clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lamina demo $(ARGS)
@@ -25,6 +25,9 @@ lint: $(VENV)/.ready
 format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m lamina.cli.reference
 
 bench: bench-engines bench-memory
 

@@ -223,8 +223,9 @@ def _final_model(manifest: Manifest, test: Split, out: Path) -> FinalModel:
     inputs = [getattr(test, modality) for modality in manifest.plan.model.modalities]
     model = assemble(manifest, weights, out / "model", inputs=inputs)
     right = {kind: float((logits.argmax(axis=-1) == test.label).mean()) for kind, (logits, *_) in model.outputs.items()}
+    files = {"torch": model.safetensors, "onnx": model.onnx, "executorch": model.pte}
     return FinalModel(
-        files={kind: str(path.relative_to(out)) for kind, path in model.files.items()},
+        files={kind: str(path.relative_to(out)) for kind, path in files.items()},
         test_accuracy=right,
         max_difference=model.max_difference,
     )

@@ -47,7 +47,7 @@ def demo_plan(
         stages=make_stages(
             model, strategy, skewed_rounds(rounds, num_stages), LEARNING_RATE[strategy], layers_per_stage=layers_per_stage
         ),
-        training=Training(batch_size=32, local_epochs=2, optimizer=AdamW(weight_decay=0.01)),
+        training=Training(batch_size=16, local_epochs=1, optimizer=AdamW(weight_decay=0.01)),
         cohort=Cohort(size=devices, min_updates=devices, lease_seconds=120),
         seed=seed,
     )

@@ -1,0 +1,136 @@
+"""How long does one training step of one active block take on each engine, against eager PyTorch?
+
+Question   CPU seconds of a step (gradients + AdamW) of one ViT-Tiny block with norm, projection and head, batch 16.
+Method     One process, one thread, CPU time; the four sides take turns, so that a noisy machine is noisy for all; median of
+           the repeats. The engines run through the client's own code (checks included), eager through torch.optim.AdamW.
+Not shown  Wall-clock with several threads; other processors; the cost of the feature cache.
+
+    python -m benchmarks.engines [--repeats N]
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.results_file import write_results
+from benchmarks.vit_tiny import CLASSES, vit_tiny_plan
+from edge_client.engines import load_engine
+from edge_client.optimizers import make_optimizer
+from edge_client.stage_model import StageModel
+from export.bundle import export_bundle
+from export.cut import cut_stage, find_segments
+from export.models import build_model
+from lamina.bundle import blob_path
+from lamina.manifest import ENGINES
+from lamina.plan import AdamW, Plan
+
+BATCH, STAGE = 16, 1
+BOUND = 1.3
+
+
+def measure(tokens: int, repeats: int, folder: Path) -> list[dict[str, Any]]:
+    """One row for each side: median, quartiles and the ratio to eager, in milliseconds of CPU time."""
+    plan = vit_tiny_plan("layerwise", tokens=tokens, layers=2, batch_size=BATCH, optimizer=AdamW())
+    manifest = export_bundle(plan, folder, ENGINES)
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.normal(size=(BATCH, tokens, 192)).astype(np.float32),
+        "label": rng.integers(0, CLASSES, BATCH),
+    }
+    sides: dict[str, Callable[[], None]] = {"eager": eager_step(plan, batch)}
+    for name in ENGINES:
+        engine = load_engine(name)
+        model = StageModel(
+            manifest, STAGE, name, lambda program, engine=engine: engine.load(blob_path(folder, program.blob), program)
+        )
+        model.load_weights(lambda digest: blob_path(folder, digest), manifest.initial_weights)
+        sides[name] = engine_step(plan, model, batch)
+
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 3):
+        for name, step in sides.items():
+            start = time.process_time()
+            step()
+            if repeat >= 3:  # the first steps load programs and warm caches
+                seconds[name].append(time.process_time() - start)
+    eager = statistics.median(seconds["eager"])
+    return [
+        {
+            "tokens": tokens,
+            "side": name,
+            "cpu_ms_median": 1e3 * statistics.median(values),
+            "cpu_ms_quartiles": [1e3 * q for q in statistics.quantiles(values, n=4)[::2]],
+            "ratio_to_eager": statistics.median(values) / eager,
+            "repeats": repeats,
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def eager_step(plan: Plan, batch: dict[str, np.ndarray]) -> Callable[[], None]:
+    model = build_model(plan.model, plan.seed)
+    module = cut_stage(find_segments(model, plan.model), plan.model, plan.stages[STAGE]).module
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    inputs = [torch.from_numpy(value) for value in batch.values()]
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss, _ = module(*inputs)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def engine_step(plan: Plan, model: StageModel, batch: dict[str, np.ndarray]) -> Callable[[], None]:
+    optimizer = make_optimizer(plan.training.optimizer, model.parameters.size, 1e-3)
+
+    def step() -> None:
+        model.gradient.fill(0)
+        model.gradients(batch)
+        optimizer.step(model.parameters, model.gradient)
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=21)
+    repeats = parser.parse_args().repeats
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    with TemporaryDirectory() as folder:
+        for tokens in (65, 197):
+            rows += measure(tokens, repeats, Path(folder) / str(tokens))
+    table = Table(title=f"training step of one ViT-Tiny block, batch {BATCH}, CPU time, 1 thread (bound {BOUND} x eager)")
+    for heading in ("tokens", "side", "median ms", "quartiles ms", "x eager"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        low, high = row["cpu_ms_quartiles"]
+        table.add_row(
+            str(row["tokens"]),
+            row["side"],
+            f"{row['cpu_ms_median']:.1f}",
+            f"{low:.1f} to {high:.1f}",
+            f"{row['ratio_to_eager']:.2f}",
+        )
+    console = Console()
+    console.print(table)
+    path = write_results("engines", "make bench-engines", rows, batch=BATCH, threads=1, bound_ratio=BOUND)
+    console.print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
