@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.results_file import write_results
 from benchmarks.vit_tiny import CLASSES, LAYERS, TOKENS, vit_tiny_plan
@@ -29,7 +30,7 @@ from export.bundle import export_bundle
 from export.cut import cut_stage, example_inputs, find_segments
 from export.decompositions import LEAN
 from export.models import build_model
-from export.trace import one_sample_is_a_batch, trace_function
+from export.trace import forward_graph, trace_function
 from export.worker import lower
 from lamina.bundle import blob_path
 from lamina.manifest import EngineName, Program
@@ -105,19 +106,19 @@ def flagged_program(engine: EngineName, layers: int, folder: Path) -> tuple[Path
     is_trained = [spec.name.split("/")[0] in active for spec in cut.weights]
     trained = sum(is_trained)
     assert is_trained == sorted(is_trained), "the trained weights must be the last ones"
-    names = [name for name, _ in cut.module.named_parameters()]
+    example = example_inputs(plan.model, cut.inputs, 2)
+    forward = forward_graph(cut.module, example, BATCH)
+    run = forward.module()
 
     def step(weights: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         leaves = [weight.detach().requires_grad_(flag) for weight, flag in zip(weights, is_trained, strict=True)]
-        loss, correct = torch.func.functional_call(cut.module, dict(zip(names, leaves, strict=True)), inputs)
+        loss, correct = run(tuple(leaves), inputs)
         return (loss.detach(), correct, *torch.autograd.grad(loss, leaves[-trained:]))
 
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    example = example_inputs(plan.model, cut.inputs, 2)
     weights = tuple(value.detach() for value in cut.module.parameters())
-    with one_sample_is_a_batch():
-        graph = make_fx(step, decomposition_table=LEAN, tracing_mode="symbolic")(weights, example)
+    symbolic = [node.meta["val"] for node in forward.graph.nodes if node.op == "placeholder"]
+    arguments = (tuple(symbolic[: len(weights)]), tuple(symbolic[len(weights) :]))
+    graph = make_fx(step, decomposition_table=LEAN, tracing_mode="symbolic")(*arguments)
     lowered = lower(engine, trace_function(lambda w, i: graph(w, i), weights, example, BATCH))
     file = folder / f"flagged.{engine}"
     file.write_bytes(lowered.data)

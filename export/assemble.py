@@ -24,6 +24,7 @@ from torch.export import ExportedProgram
 from export.cut import example_inputs, find_segments, raw_input
 from export.lower_onnx import OPSET, serialize
 from export.models import build_model, l2_normalise
+from export.quiet import quiet
 from export.trace import allow_batches, traced_batch
 from lamina.errors import ConfigError, ParityError, TensorFileError
 from lamina.files import write_durably
@@ -87,8 +88,9 @@ def assemble(
     save_file(state, files["safetensors"])
     torch.save(state, files["pt"])
     write_durably(files["json"], description.to_json())
-    write_durably(files["onnx"], _to_onnx(network, example, description))
-    write_durably(files["pte"], _to_executorch(network, example, max_batch))
+    with quiet():
+        write_durably(files["onnx"], _to_onnx(network, example, description))
+        write_durably(files["pte"], _to_executorch(network, example, max_batch))
     outputs = _run_all(network, given, files, max_batch)
     return AssembledModel(
         description=description,
@@ -214,8 +216,9 @@ def _run_all(
 ) -> dict[str, tuple[Float32, ...]]:
     """Outputs of PyTorch and of the two programs, run batch by batch."""
     import onnxruntime
-    from executorch.extension.pybindings import _C
 
+    with quiet():
+        from executorch.extension.pybindings import _C
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(files["onnx"]), options, providers=["CPUExecutionProvider"])
@@ -227,7 +230,8 @@ def _run_all(
         with torch.no_grad():
             parts["torch"].append([y.numpy() for y in network(*batch)])
         parts["onnx"].append(session.run(None, {n: x.numpy() for n, x in zip(names, batch, strict=True)}))
-        parts["executorch"].append([y.numpy() for y in program.run_method("forward", batch, clone_outputs=True)])
+        with quiet():
+            parts["executorch"].append([y.numpy() for y in program.run_method("forward", batch, clone_outputs=True)])
     return {kind: tuple(np.concatenate(ys) for ys in zip(*batches, strict=True)) for kind, batches in parts.items()}
 
 

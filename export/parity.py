@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from export.quiet import quiet
 from lamina.errors import ParityError
 from lamina.manifest import EngineName, Role
 
@@ -53,10 +54,11 @@ def eager(module: nn.Module, role: Role, weights: Arrays, inputs: Arrays) -> lis
 
 
 def run_executorch(data: bytes, role: Role, weights: Arrays, inputs: Arrays) -> list[Tensor]:
-    from executorch.extension.pybindings import _C
-
+    with quiet():
+        from executorch.extension.pybindings import _C
     program = _C._load_for_executorch_from_buffer(data)  # reads `data` in place: it must outlive the program
-    return list(program.run_method("forward", (*weights, *inputs), clone_outputs=True))
+    with quiet():
+        return list(program.run_method("forward", (*weights, *inputs), clone_outputs=True))
 
 
 def run_onnxruntime(data: bytes, role: Role, weights: Arrays, inputs: Arrays) -> list[Tensor]:

@@ -18,7 +18,8 @@ class TorchProgram:
         self._is_train = program.role == "train"
         self._num_weights = len(program.weights)
         try:
-            exported = torch.export.load(path)
+            with path.open("rb") as file:  # by name, torch warns about files that do not end in .pt2
+                exported = torch.export.load(file)
             self._module: Any = exported.module()
             self._arguments = exported.call_spec.in_spec
         except Exception as error:  # zip, pickle-free JSON and torch errors, depending on where the file is damaged
