@@ -6,6 +6,7 @@ The processes are started with the command line above instead of `multiprocessin
 script again in each of them.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -17,7 +18,6 @@ from contextlib import contextmanager
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any, NamedTuple
 
@@ -58,25 +58,26 @@ def lower(engine: EngineName, graph: ExportedProgram) -> LoweredProgram:
 def lowering_pool(workers: int) -> Iterator[Callable[[EngineName, ExportedProgram], Callable[[], LoweredProgram]]]:
     """Gives a function that starts lowering a graph and returns a function that waits for the result.
 
-    At most `workers` processes; each is started when first needed and ends with the block.
+    At most `workers` processes work at the same time. Starting one takes seconds (it imports the compilers), so they stay
+    for the next export of this program and end with it.
     """
-    idle: SimpleQueue[_Process | None] = SimpleQueue()
-    for _ in range(workers):
-        idle.put(None)
-    started: list[_Process] = []
     numbers = count()
+    busy: set[_Process] = set()
     with TemporaryDirectory(prefix="lamina-") as folder, ThreadPoolExecutor(workers) as threads:
 
         def run(engine: EngineName, path: Path) -> LoweredProgram:
-            process = idle.get()
-            if process is None:
-                process = _Process()
-                started.append(process)
+            process = _idle.pop() if _idle else _Process()
+            busy.add(process)
             try:
-                return process.lower(engine, path)
+                lowered = process.lower(engine, path)
+            except BaseException:
+                process.end()
+                raise
             finally:
+                busy.discard(process)
                 path.unlink()
-                idle.put(process)
+            _idle.append(process)
+            return lowered
 
         def start(engine: EngineName, graph: ExportedProgram) -> Callable[[], LoweredProgram]:
             if engine == "torch":  # the file is the graph as it is: nothing to compile
@@ -90,10 +91,9 @@ def lowering_pool(workers: int) -> Iterator[Callable[[EngineName, ExportedProgra
             yield start
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
+            for process in list(busy):
+                process.kill()  # or leaving the block would wait for minutes
             raise
-        finally:
-            for process in started:
-                process.end()
 
 
 class _Process:
@@ -130,6 +130,9 @@ class _Process:
         out.unlink()
         return LoweredProgram(data, done["arena_bytes"])
 
+    def kill(self) -> None:
+        self._process.kill()
+
     def end(self) -> None:
         self._process.kill()
         self._process.communicate()
@@ -138,6 +141,15 @@ class _Process:
     def _last_words(self) -> str:
         self._errors.seek(0)
         return self._errors.read().decode(errors="replace")[-600:]
+
+
+_idle: list[_Process] = []
+
+
+@atexit.register
+def end_idle_processes() -> None:
+    while _idle:
+        _idle.pop().end()
 
 
 def main() -> None:
