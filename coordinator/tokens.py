@@ -5,11 +5,9 @@ sha256 is stored. Tokens are 256 random bits, so a plain hash cannot be searched
 """
 
 import hmac
-import os
 import secrets
 from hashlib import sha256
 from pathlib import Path
-from uuid import uuid4
 
 from sqlalchemy import select
 
@@ -17,7 +15,7 @@ from coordinator.database import Database
 from coordinator.settings import Settings
 from coordinator.tables import DeviceRow
 from lamina.errors import ConfigError, NotEnrolledError
-from lamina.files import move_durably
+from lamina.files import PRIVATE, write_durably
 
 ADMIN = "admin"
 
@@ -72,12 +70,7 @@ def hash_token(token: str) -> str:
 def load_or_create(path: Path) -> str:
     """The token in a file; a new one with mode 0600 if the file does not exist. Raises ConfigError if it is too short."""
     if not path.exists():
-        partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(new_token() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        move_durably(partial, path)
+        write_durably(path, f"{new_token()}\n".encode(), PRIVATE)
     token = path.read_text().strip()
     if len(token) < 16:
         raise ConfigError(f"{path} holds no token of at least 16 characters; delete it and a new one is made at the next start")

@@ -5,13 +5,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
 from pydantic import ValidationError
 
 from edge_client.transport import Transport
 from lamina.errors import ConfigError, NotEnrolledError
-from lamina.files import move_durably, raise_if_full
+from lamina.files import PRIVATE, write_durably
 from lamina.record import Record, explain
 from lamina.wire import DeviceName, Enrolment
 
@@ -50,7 +49,7 @@ def load_or_enrol(folder: Path, name: str, transport: Transport, enrolment_token
         raise ConfigError(f"{name!r} is no device name: {explain(error)}") from error
     enrolled = transport.enrol(enrolment, enrolment_token())
     identity = Identity(name=name, device_id=enrolled.device_id, device_token=enrolled.device_token)
-    _write_private(path, identity.to_json())
+    write_durably(path, identity.to_json(), PRIVATE)
     return identity
 
 
@@ -83,18 +82,3 @@ def exclusive(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ConfigError(f"another process uses {folder}; give each device its own --state folder") from error
         yield
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    """Durable and atomic, and readable by nobody else at any moment."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        move_durably(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise_if_full(error, path)
-        raise

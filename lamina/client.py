@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 from pydantic import ValidationError
@@ -76,7 +76,7 @@ class Client:
         return Published.from_json(answer.content, "the answer to publishing")
 
     def has_blob(self, digest: str) -> bool:
-        answer = self._request("HEAD", f"/v1/blobs/{digest}")
+        answer = self._ask("HEAD", f"/v1/blobs/{digest}")
         if answer.status_code == 404:
             return False
         if answer.is_error:  # an answer to HEAD has no body that says why; the same question as GET has one
@@ -123,18 +123,13 @@ class Client:
         content: bytes | Iterator[bytes] | None = None,
         headers: dict[str, str] | None = None,
     ) -> httpx.Response:
-        answer = self._request(method, path, content, headers)
+        answer = self._ask(method, path, content, headers)
         if answer.is_error:
             raise error_of(answer)
         return answer
 
-    def _request(
-        self,
-        method: str,
-        path: str,
-        content: bytes | Iterator[bytes] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> httpx.Response:
+    def _ask(self, method: str, path: str, content: Any = None, headers: dict[str, str] | None = None) -> httpx.Response:
+        """The answer, whatever it is."""
         try:
             return self._http.request(method, path, content=content, headers=headers)
         except httpx.TransportError as error:

@@ -7,8 +7,11 @@ from uuid import uuid4
 
 from lamina.errors import DiskFullError
 
+PRIVATE = 0o600
+"""Mode of a file that holds a secret: from its first moment on, nobody else can read it."""
 
-def write_durably(path: Path, data: bytes) -> None:
+
+def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Write, fsync and rename into place, then fsync the folder: after return the file survives power loss.
 
     Raises DiskFullError, and leaves nothing behind, if the disk is full.
@@ -16,7 +19,7 @@ def write_durably(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:
-        with partial.open("wb") as file:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
