@@ -83,6 +83,7 @@ def run_demo(settings: DemoSettings) -> None:
     final = _final_model(manifest, test, out)
     seconds = time.monotonic() - started
     report = write_report(out, settings_of(settings), manifest, statuses, final, seconds)
+    console.line()
     singles = ", ".join(f"{name} alone {value:.3f}" for name, value in report["single_modality_accuracy"].items())
     console.print(f"test accuracy [bold]{report['test_accuracy']:.3f}[/bold]{f' ({singles})' if singles else ''}")
     console.print(f"final model: {out / 'model'}; report: {out / 'report.html'}; {seconds:.0f} s in all")
@@ -178,7 +179,11 @@ def _watch(
     out: Path,
     console: Console,
 ) -> list[RunStatus]:
-    """Shows all runs until they are finished, and publishes each further bundle as soon as it is exported."""
+    """Shows all runs until they are finished, and publishes each further bundle as soon as it is exported.
+
+    A terminal shows a live table; anything else, such as a log file, gets a line for each closed round.
+    """
+    told: set[tuple[str, int, int]] = set()
     with Live(console=console, refresh_per_second=4) as live:
         while True:
             while len(runs) < len(plans) and exports[len(runs) - 1].done():
@@ -186,10 +191,22 @@ def _watch(
                 runs.append(client.publish(_bundle(out, plans[len(runs)]), manifest).run)
             statuses = [client.run(run) for run in runs]
             live.update(_progress_table(plans, statuses))
+            for status in () if console.is_terminal else statuses:
+                _tell_closed_rounds(status, told, console)
             if len(runs) == len(plans) and all(status.state == "finished" for status in statuses):
                 return statuses
             processes.check()
             time.sleep(POLL_SECONDS)
+
+
+def _tell_closed_rounds(status: RunStatus, told: set[tuple[str, int, int]], console: Console) -> None:
+    for row in status.rounds:
+        key = (status.name, row.stage, row.round)
+        if row.state == "closed" and key not in told:
+            told.add(key)
+            console.print(
+                f"{status.name}: stage {row.stage}, round {row.round}: accuracy {row.test_accuracy:.3f}", highlight=False
+            )
 
 
 def _progress_table(plans: list[Plan], statuses: list[RunStatus]) -> Table:

@@ -5,6 +5,8 @@ Question   Peak resident set of the whole process, batch 16, 197 tokens, SGD wit
              flagged  the whole graph, but only the last block, norm, projection and head are trained
              cut      a graph of only those active parts, fed from cached features: what lamina exports
 Method     A fresh process for each case; VmHWM as the kernel reports it; engine cases import what a device imports.
+           `planned` is the program's activation_bytes in the manifest, 0 where lamina plans none (flagged graphs, but for the
+           arena that ExecuTorch plans by itself); ONNX Runtime needs more than the live tensors that are counted there.
 Not shown  Filling the feature cache (one frozen layer over small chunks); smaller micro-batches.
 
     python -m benchmarks.memory [--quick]        --quick: 3 blocks instead of 12, to try the script

@@ -18,6 +18,8 @@ from lamina.wire import DeviceReport, RoundStatus, RunStatus
 NOTES = (
     "flops_per_sample counts multiply-accumulates: 3 x the forward pass of what a stage trains, from cached features; "
     "prefix_flops_per_sample is paid once per sample and stage at most.",
+    "planned_bytes is weights + gradients + optimiser moments + activations of one batch. For ExecuTorch the activations are the "
+    "planned arena; for the others they are the live tensors of the graph, which the runtime exceeds by its own workspace.",
     "peak_bytes is the peak resident set of the whole client process, as the kernel counts it. The ExecuTorch engine's "
     "Python bindings import torch, which is most of its figure.",
     "bytes_down and bytes_up are bodies of HTTP messages, as the devices report them with their updates.",
@@ -170,7 +172,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     right.bar([p + 0.2 for p in places], [d["bytes_up"] / 1e6 for d in devices], 0.4, label="up", color="tab:olive")
     right.set(title="bytes moved", ylabel="MB")
     right.set_xticks(places, names, fontsize=7)
-    right.legend()
+    right.margins(y=0.25)  # room for the legend above the bars
+    right.legend(loc="upper right", ncols=2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
