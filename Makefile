@@ -36,6 +36,7 @@ bench-engines: $(VENV)/.ready
 
 bench-memory: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.demo_memory
 
 # torch first, from the index that the user names; then lamina with its extras. ExecuTorch declares about 40 packages that
 # nothing here imports, so it is installed without them, and then the few that it does import.

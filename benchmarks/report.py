@@ -18,8 +18,8 @@ from lamina.wire import DeviceReport, RoundStatus, RunStatus
 NOTES = (
     "flops_per_sample counts multiply-accumulates: 3 x the forward pass of what a stage trains, from cached features; "
     "prefix_flops_per_sample is paid once per sample and stage at most.",
-    "planned_bytes is weights + gradients + optimiser moments + activations of one batch. For ExecuTorch the activations are the "
-    "planned arena; for the others they are the live tensors of the graph, which the runtime exceeds by its own workspace.",
+    "planned_bytes is weights + gradients + optimiser moments + activations of one batch. For ExecuTorch the activations are "
+    "the planned arena; for the others they are the live tensors of the graph, which the runtime exceeds by its own workspace.",
     "peak_bytes is the peak resident set of the whole client process, as the kernel counts it. The ExecuTorch engine's "
     "Python bindings import torch, which is most of its figure.",
     "bytes_down and bytes_up are bodies of HTTP messages, as the devices report them with their updates.",
@@ -160,7 +160,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for index in sorted({row["stage"] for row in rounds}):
         first = next(step for step, row in zip(steps, rounds, strict=True) if row["stage"] == index)
         left.annotate(f"stage {index}", (first - 0.4, 1.0), xycoords=("data", "axes fraction"), va="bottom", fontsize=8)
-    left.set(xlabel="round", ylabel="test accuracy", ylim=(0, 1))
+    left.set(xlabel="round", ylabel="test accuracy", xlim=(0.5, len(rounds) + 0.5), ylim=(0, 1))
     left.legend(loc="lower right")
 
     names = [f"{device['name']}\n{device['engine']}" for device in devices]
