@@ -3,6 +3,10 @@
 import time
 from collections.abc import Callable
 
+from typer.testing import CliRunner
+
+from lamina.bundle import hash_file
+from lamina.cli.main import app
 from lamina.manifest import Manifest
 from lamina.wire import RunStatus
 from tests.end_to_end.conftest import ENGINES, House
@@ -45,7 +49,9 @@ def test_every_update_reports_what_it_cost(undisturbed: RunStatus) -> None:
             assert 20 * 2**20 < update.report.peak_bytes < 2 * 2**30
 
 
-def test_the_same_seed_gives_the_same_final_weights(make_house: MakeHouse, undisturbed: RunStatus) -> None:
+def test_the_same_seed_gives_the_same_final_weights_and_pull_fetches_them(
+    make_house: MakeHouse, undisturbed: RunStatus
+) -> None:
     house = make_house("again")
     house.start_coordinator()
     run = house.publish()
@@ -53,6 +59,10 @@ def test_the_same_seed_gives_the_same_final_weights(make_house: MakeHouse, undis
         house.start_device(index)
 
     assert house.finish(run).weights == undisturbed.weights
+    out, token = house.folder / "weights", house.state / "admin.token"
+    pulled = CliRunner().invoke(app, ["pull", house.url, run, "--out", str(out), "--token-file", str(token)])
+    assert pulled.exit_code == 0, pulled.output
+    assert {path.stem: hash_file(path) for path in out.iterdir()} == undisturbed.weights
 
 
 def test_a_coordinator_killed_in_the_middle_of_a_round_goes_on_to_the_same_weights(
