@@ -9,13 +9,18 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format docs bench bench-engines bench-memory clean
+.PHONY: demo test test-arm64 lint format docs bench bench-engines bench-memory bench-transfers bench-reductions bench-accuracy \
+	bench-fit clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lamina demo $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+# The engine tests on an emulated arm64 device (docs/device.md, "Other processors"). Error 3: not run, and the output says why.
+test-arm64: $(VENV)/.ready
+	$(BIN)/python -m tests.arm64.run $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
@@ -29,14 +34,26 @@ format: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python -m lamina.cli.reference
 
-bench: bench-engines bench-memory
+bench: bench-engines bench-memory bench-transfers bench-reductions bench-accuracy bench-fit
 
 bench-engines: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.engines
 
 bench-memory: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.memory
+	$(BIN)/lamina bench memory --workload vit12,pair --output benchmarks/results/memory.json
 	$(BIN)/python -m benchmarks.demo_memory
+
+bench-transfers: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.transfers
+
+bench-reductions: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.reductions
+
+bench-accuracy: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.accuracy
+
+bench-fit: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.fit
 
 # torch first, from the index that the user names; then lamina with its extras. ExecuTorch declares about 40 packages that
 # nothing here imports, so it is installed without them, and then the few that it does import.

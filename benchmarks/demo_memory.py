@@ -3,7 +3,7 @@
 Question   Peak resident set of every `lamina join` process of the demo, with one layer per stage and with the whole model at
            once, on the same engines and data.
 Method     `lamina demo` itself, one round for each stage; the figure is VmHWM as the devices report it with their updates.
-Not shown  Larger models: this one has 0.6 M parameters, so the process itself is most of the figure (`benchmarks.memory`).
+Not shown  Larger models: this one has 0.6 M parameters, so the process itself is most of the figure (`lamina bench memory`).
 
     python -m benchmarks.demo_memory
 """

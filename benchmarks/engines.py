@@ -1,8 +1,9 @@
 """How long does one training step of one active block take on each engine, against eager PyTorch?
 
 Question   CPU seconds of a step (gradients + AdamW) of one ViT-Tiny block with norm, projection and head, batch 16.
-Method     One process, one thread, CPU time; the four sides take turns, so that a noisy machine is noisy for all; median of
-           the repeats. The engines run through the client's own code (checks included), eager through torch.optim.AdamW.
+Method     One process, one thread, CPU time; the sides take turns, so that a noisy machine is noisy for all; median of the
+           repeats. The engines run through the client's own code (checks included), eager through torch.optim.AdamW.
+           `executorch` calls ExecuTorch through lamina's shim, `executorch_bindings` through the Python bindings of the wheel.
 Not shown  Wall-clock with several threads; other processors; the cost of the feature cache.
 
     python -m benchmarks.engines [--repeats N]
@@ -24,16 +25,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.executorch_bindings import Bindings
 from benchmarks.results_file import write_results
-from benchmarks.vit_tiny import CLASSES, vit_tiny_plan
-from edge_client.engines import load_engine
+from benchmarks.workloads import CLASSES, vit_tiny_plan
+from edge_client.engines import Engine, load_engine
+from edge_client.job import ProgramFile, SegmentFile, Tensor
 from edge_client.optimizers import make_optimizer
 from edge_client.stage_model import StageModel
 from export.bundle import export_bundle
 from export.cut import cut_stage, find_segments
 from export.models import build_model
 from lamina.bundle import blob_path
-from lamina.manifest import ENGINES
+from lamina.manifest import ENGINES, LABEL, EngineName, Manifest
 from lamina.plan import AdamW, Plan
 
 BATCH, STAGE = 16, 1
@@ -51,12 +54,8 @@ def measure(tokens: int, repeats: int, folder: Path) -> list[dict[str, Any]]:
     }
     sides: dict[str, Callable[[], None]] = {"eager": eager_step(plan, batch)}
     for name in ENGINES:
-        engine = load_engine(name)
-        model = StageModel(
-            manifest, STAGE, name, lambda program, engine=engine: engine.load(blob_path(folder, program.blob), program)
-        )
-        model.load_weights(lambda digest: blob_path(folder, digest), manifest.initial_weights)
-        sides[name] = engine_step(plan, model, batch)
+        sides[name] = engine_step(plan, stage_model(manifest, name, load_engine(name), folder), batch)
+    sides["executorch_bindings"] = engine_step(plan, stage_model(manifest, "executorch", Bindings(), folder), batch)
 
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(repeats + 3):
@@ -94,12 +93,36 @@ def eager_step(plan: Plan, batch: dict[str, np.ndarray]) -> Callable[[], None]:
     return step
 
 
+def stage_model(manifest: Manifest, name: EngineName, engine: Engine | Bindings, folder: Path) -> StageModel:
+    """The stage as a device has it, trained by `engine` with the programs that were exported for `name`."""
+    program = manifest.programs[manifest.stages[STAGE].train[name]]
+    file = ProgramFile(
+        path=str(blob_path(folder, program.blob)),
+        blob=program.blob,
+        role="train",
+        weights=program.weights,
+        inputs=tuple(Tensor(spec.name, spec.shape, spec.dtype) for spec in program.inputs),
+        max_batch=program.max_batch,
+    )
+    segments = [
+        SegmentFile(
+            name=segment,
+            path=str(blob_path(folder, manifest.initial_weights[segment])),
+            tensors=tuple(Tensor(spec.name, spec.shape) for spec in manifest.segment(segment).tensors),
+        )
+        for segment in manifest.plan.stages[STAGE].active
+    ]
+    limits = {LABEL: CLASSES}
+    model = StageModel("stage 1", segments, {"train": file}, limits, BATCH, lambda p: engine.load(Path(p.path), p))
+    model.load_weights()
+    return model
+
+
 def engine_step(plan: Plan, model: StageModel, batch: dict[str, np.ndarray]) -> Callable[[], None]:
-    optimizer = make_optimizer(plan.training.optimizer, model.parameters.size, 1e-3)
+    optimizer = make_optimizer(plan.training.optimizer.model_dump(), model.parameters.size, 1e-3)
 
     def step() -> None:
-        model.gradient.fill(0)
-        model.gradients(batch)
+        model.gradients(lambda indices: batch, range(BATCH))
         optimizer.step(model.parameters, model.gradient)
 
     return step

@@ -73,6 +73,7 @@ def aggregate_round(house: House, round_id: int) -> None:
     blobs = {name: house.blobs.put(_segment_file(manifest, name, new)) for name in manifest.plan.stages[stage].active}
     commit_round(house, round_id, blobs)
     remove_updates(house, round_id)
+    house.variants.remove_outdated(house.manifest)
 
 
 def commit_round(house: House, round_id: int, blobs: dict[str, str]) -> None:

@@ -35,6 +35,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         await run_in_threadpool(rounds.advance_all, house, house.clock())
         await run_in_threadpool(aggregator.run_due)
         await run_in_threadpool(remove_leftovers, house)
+        await run_in_threadpool(house.variants.remove_outdated, house.manifest)
         yield
         house.close()
 
@@ -109,15 +110,17 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         later.add_task(aggregator.run_due)
         address = Address(device_id=device, run=run, stage=stage, round=number)
         digest = bodies.content_digest(request)
-        report = _train_report(request)
-        specs = await run_in_threadpool(updates.expect_update, house, address, digest)
-        if isinstance(specs, Accepted):
-            return _json(specs)
-        limit_bytes = max_file_bytes(specs)
+        report, compression = _train_report(request), bodies.content_compression(request)
+        expected = await run_in_threadpool(updates.expect_update, house, address, digest, report, compression)
+        if isinstance(expected, Accepted):
+            return _json(expected)
+        limit_bytes = max_file_bytes(expected)
         bodies.check_length(request, limit_bytes)
         with Incoming(settings.updates, limit_bytes) as incoming:
             await bodies.receive(request, incoming)
-            accepted = await run_in_threadpool(updates.accept_update, house, address, incoming, digest, report, specs)
+            accepted = await run_in_threadpool(
+                updates.accept_update, house, address, incoming, digest, report, expected, compression
+            )
         return _json(accepted)
 
     @app.put("/v1/runs/{run}/stages/{stage}/rounds/{number}/evaluation")

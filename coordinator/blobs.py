@@ -45,6 +45,10 @@ class Blobs:
             write_durably(self._folder / digest, data)
         return digest
 
+    def remove(self, digest: str) -> None:
+        """Deletes a blob that nobody will be sent for any more."""
+        self.path(digest).unlink(missing_ok=True)
+
     def receive(self) -> Incoming:
         """A file for a body that is to become a blob; `keep` makes it one."""
         return Incoming(self._folder)

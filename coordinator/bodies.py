@@ -8,6 +8,7 @@ from fastapi import Request
 from starlette.concurrency import run_in_threadpool
 
 from coordinator.incoming import Incoming
+from lamina.compression import Compression
 from lamina.errors import ProtocolError, TooLargeError
 from lamina.wire import DIGEST_HEADER, MAX_JSON_BYTES
 
@@ -55,6 +56,14 @@ def content_length(request: Request) -> int | None:
     if not text.isascii() or not text.isdigit():
         raise ProtocolError(f"Content-Length {text[:40]!r} is no number")
     return int(text)
+
+
+def content_compression(request: Request) -> Compression:
+    """What the Content-Encoding header says. Raises ProtocolError for a coding that lamina does not know."""
+    text = request.headers.get("content-encoding", "identity").strip().lower()
+    if text not in ("identity", "zstd"):
+        raise ProtocolError(f"Content-Encoding {text[:40]!r} is not known; send the body as it is, or as zstd")
+    return "zstd" if text == "zstd" else "none"
 
 
 def content_digest(request: Request) -> str:

@@ -6,6 +6,7 @@ from coordinator.devices import get_device, remember
 from coordinator.house import House
 from coordinator.rounds import advance, current_round, get_run, open_runs, places
 from coordinator.tables import EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow, WeightRow
+from coordinator.terms import Terms, agree
 from coordinator.waiting import describe
 from lamina.manifest import Manifest
 from lamina.wire import Assignment, CheckIn, Phase, Refused, Wait
@@ -14,8 +15,15 @@ from lamina.wire import Assignment, CheckIn, Phase, Refused, Wait
 def check_in(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait | Refused:
     """Work in the first open run that fits the device, or what it waits for, or why there is nothing for it.
 
-    Raises UnknownNameError if `facts.run` names no run.
+    Raises UnknownNameError if `facts.run` names no run, and DiskFullError.
     """
+    answer = find_work(house, device_id, facts)
+    # Outside of the transaction: encoding the weights of a new round takes a while, and others want to write meanwhile.
+    return house.variants.fit(answer, house.manifest(answer.manifest)) if isinstance(answer, Assignment) else answer
+
+
+def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait | Refused:
+    """The answer, with the float32 blobs of the weights."""
     now = house.clock()
     with house.database.write() as session:
         device = get_device(session, device_id)
@@ -31,7 +39,7 @@ def check_in(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait 
             session.flush()  # so that the count of devices that are here has this one
             advance(house, session, run, now)
             if not run.is_finished:
-                return offer(house, session, run, device_id, now)
+                return offer(house, session, run, device_id, facts, now)
         remember(house, device, None, facts, now)
         if misfits:
             return Refused(detail="; ".join(misfits))
@@ -49,42 +57,45 @@ def why_not(manifest: Manifest, facts: CheckIn) -> str | None:
     return None
 
 
-def offer(house: House, session: Session, run: RunRow, device_id: str, now: float) -> Assignment | Wait:
+def offer(house: House, session: Session, run: RunRow, device_id: str, facts: CheckIn, now: float) -> Assignment | Wait:
     """The device's work in the round where the run stands."""
     row = current_round(session, run)
     if row is None:
         return _wait(house, "cohort", describe(house, session, run, now))
-    lease_ends = now + house.manifest(run.manifest).plan.cohort.lease_seconds
-    if row.phase == "training" and _take_place(house, session, run, row, device_id, now, lease_ends):
-        return _assignment(house, session, run, row, "train")
+    plan = house.manifest(run.manifest).plan
+    terms = agree(plan.training, facts)
+    lease_ends = now + plan.cohort.lease_seconds
+    if row.phase == "training" and (place := _take_place(house, session, run, row, device_id, now)):
+        place.lease_ends_unix_seconds = lease_ends
+        place.download_encoding, place.upload_encoding = terms.download_encoding, terms.upload_encoding
+        place.compression = terms.compression
+        return _assignment(house, session, run, row, "train", terms)
     if row.phase == "evaluating":
         asked = session.get(EvaluationRow, (row.id, device_id))
         if asked is not None and asked.evaluation is None:
             asked.lease_ends_unix_seconds = lease_ends
-            return _assignment(house, session, run, row, "evaluate")
+            asked.download_encoding = terms.download_encoding
+            return _assignment(house, session, run, row, "evaluate", terms)
     return _wait(house, "round", describe(house, session, run, now))
 
 
-def _take_place(
-    house: House, session: Session, run: RunRow, row: RoundRow, device_id: str, now: float, lease_ends: float
-) -> bool:
-    """Renews, gives or hands over a place in the round; False if the device has sent its update or all are held."""
+def _take_place(house: House, session: Session, run: RunRow, row: RoundRow, device_id: str, now: float) -> PlaceRow | None:
+    """The device's place in the round, kept, new or taken over; None if it has sent its update or all are held."""
     if session.get(UpdateRow, (row.id, device_id)) is not None:
-        return False
+        return None
     held = places(session, row)
     mine = session.get(PlaceRow, (row.id, device_id))
     if mine is None or mine.is_lost:
         if len(held) >= house.manifest(run.manifest).plan.cohort.size:
             silent = [place for place in held if _is_silent(session, place, now)]
             if not silent:
-                return False
+                return None
             silent[0].is_lost = True
         if mine is None:
             mine = PlaceRow(round_id=row.id, device_id=device_id)
             session.add(mine)
         mine.is_lost = False
-    mine.lease_ends_unix_seconds = lease_ends
-    return True
+    return mine
 
 
 def _is_silent(session: Session, place: PlaceRow, now: float) -> bool:
@@ -93,7 +104,7 @@ def _is_silent(session: Session, place: PlaceRow, now: float) -> bool:
     return place.lease_ends_unix_seconds <= now and not has_sent
 
 
-def _assignment(house: House, session: Session, run: RunRow, row: RoundRow, phase: Phase) -> Assignment:
+def _assignment(house: House, session: Session, run: RunRow, row: RoundRow, phase: Phase, terms: Terms) -> Assignment:
     plan = house.manifest(run.manifest).plan
     stage = plan.stages[row.stage]
     weights: dict[str, str] = {}
@@ -108,7 +119,10 @@ def _assignment(house: House, session: Session, run: RunRow, row: RoundRow, phas
         round=row.round,
         weights=weights,
         lease_seconds=plan.cohort.lease_seconds,
-        upload_encoding=plan.training.upload_encoding,
+        upload_encoding=terms.upload_encoding,
+        download_encoding=terms.download_encoding,
+        download_compression=terms.compression,
+        upload_compression=terms.compression,
     )
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, create_engine, event, text
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
-from coordinator.tables import SCHEMA_VERSION, Base
+from coordinator.tables import SCHEMA_VERSION, UPGRADES, Base
 from lamina.errors import DiskFullError, StoreError
 
 BUSY_TIMEOUT_MILLISECONDS = 30_000
@@ -56,12 +56,17 @@ class Database:
         found = connection.execute(text("PRAGMA user_version")).scalar_one()
         if found == 0:
             Base.metadata.create_all(connection)
-            connection.execute(text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
+        elif found in range(min(UPGRADES), SCHEMA_VERSION):
+            for version in range(found, SCHEMA_VERSION):
+                for statement in UPGRADES[version]:
+                    connection.execute(text(statement))
+            Base.metadata.create_all(connection)
         elif found != SCHEMA_VERSION:
             raise StoreError(
                 f"{self._path} has schema version {found}, this lamina knows {SCHEMA_VERSION}; "
                 "install the lamina that made it, or give another --state folder"
             )
+        connection.execute(text(f"PRAGMA user_version = {SCHEMA_VERSION}"))
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from coordinator.database import Database
 from coordinator.incoming import remove_partial_files
 from coordinator.settings import Settings
 from coordinator.tokens import Tokens
+from coordinator.variants import Variants
 from lamina.manifest import Manifest
 
 Clock = Callable[[], float]
@@ -28,6 +29,7 @@ class House:
         self.blobs = Blobs(settings.blobs)
         self.database = Database(settings.database)
         self.tokens = Tokens(settings, self.database)
+        self.variants = Variants(self.blobs, self.database)
         self.trouble: dict[int, str] = {}
         """Why the last attempt to aggregate a round (by row id) failed; for the status only, nothing is decided by it."""
         self._manifests: dict[str, Manifest] = {}

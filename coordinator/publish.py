@@ -4,9 +4,10 @@ import logging
 
 from coordinator.house import House
 from coordinator.tables import RunRow, WeightRow
-from lamina.errors import BundleError, TensorFileError
+from lamina.compression import available_compressions
+from lamina.errors import BundleError, ConfigError, TensorFileError
 from lamina.manifest import Manifest
-from lamina.tensors import decode_one_by_one
+from lamina.tensors import decode_one_by_one, file_encoding
 from lamina.wire import Published
 
 log = logging.getLogger("lamina.coordinator")
@@ -15,9 +16,13 @@ log = logging.getLogger("lamina.coordinator")
 def publish(house: House, manifest: Manifest) -> Published:
     """A new run of the manifest's plan; publishing the same manifest again makes another run.
 
-    Raises BundleError for a blob that is missing or has another size, TensorFileError for initial weights that are not
-    the tensors of their segment, DiskFullError.
+    Raises ConfigError if the plan wants a compression that is not installed here, BundleError for a blob that is missing
+    or has another size, TensorFileError for initial weights that are not the tensors of their segment in fp32,
+    DiskFullError.
     """
+    compression = manifest.plan.training.compression
+    if compression not in available_compressions():
+        raise ConfigError(f"the plan wants {compression}, which this coordinator lacks: pip install 'lamina[coordinator]'")
     check_blobs(house, manifest)
     digest = house.blobs.put(manifest.to_json())
     with house.database.write() as session:
@@ -42,6 +47,8 @@ def check_blobs(house: House, manifest: Manifest) -> None:
     for segment in manifest.segments:
         path = house.blobs.path(manifest.initial_weights[segment.name])
         try:
+            if (encoding := file_encoding(str(path))) != "fp32":
+                raise TensorFileError(f"encoded as {encoding}; they must be fp32, and devices get them as the plan says")
             for _ in decode_one_by_one(str(path), segment.tensors):
                 pass
         except TensorFileError as error:

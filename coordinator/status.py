@@ -7,8 +7,10 @@ from sqlalchemy.orm import Session
 
 from coordinator.house import House
 from coordinator.rounds import get_run
-from coordinator.tables import DeviceRow, EvaluationRow, RoundRow, RunRow, UpdateRow, WeightRow
+from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow, WeightRow
+from coordinator.terms import Terms, shortfall
 from coordinator.waiting import describe, describe_round
+from lamina.tensors import ENCODINGS
 from lamina.wire import DeviceReport, Evaluation, RoundStatus, RunList, RunStatus, TrainReport
 
 
@@ -41,10 +43,10 @@ def run_status(house: House, run_id: str) -> RunStatus:
 
 
 def _round_status(house: House, session: Session, run: RunRow, row: RoundRow, now: float) -> RoundStatus:
-    texts = session.scalars(
-        select(EvaluationRow.evaluation).where(EvaluationRow.round_id == row.id, EvaluationRow.evaluation.is_not(None))
+    answered = session.scalars(
+        select(EvaluationRow).where(EvaluationRow.round_id == row.id, EvaluationRow.evaluation.is_not(None))
     ).all()
-    evaluations = [Evaluation.model_validate_json(text or "") for text in texts]
+    evaluations = [Evaluation.model_validate_json(answer.evaluation or "") for answer in answered]
     examples = sum(evaluation.num_examples for evaluation in evaluations)
     # fsum: exact, so the same evaluations give the same number in any order.
     loss = fsum(evaluation.loss * evaluation.num_examples for evaluation in evaluations)
@@ -58,17 +60,44 @@ def _round_status(house: House, session: Session, run: RunRow, row: RoundRow, no
         test_examples=examples,
         test_correct=sum(evaluation.correct for evaluation in evaluations),
         test_loss=loss / examples if examples else None,
+        evaluated_encodings=tuple(
+            encoding for encoding in ENCODINGS[1:] if any(answer.download_encoding == encoding for answer in answered)
+        ),
+        notes=_notes(house, session, run, row),
     )
 
 
 def _reports(session: Session, row: RoundRow) -> tuple[DeviceReport, ...]:
     found = session.execute(
-        select(DeviceRow.name, UpdateRow.engine, UpdateRow.report)
+        select(DeviceRow.name, UpdateRow)
         .join(DeviceRow, DeviceRow.id == UpdateRow.device_id)
         .where(UpdateRow.round_id == row.id)
         .order_by(DeviceRow.name)
     ).all()
     return tuple(
-        DeviceReport(device=name, engine=engine, report=TrainReport.model_validate_json(report))
-        for name, engine, report in found
+        DeviceReport(
+            device=name,
+            engine=update.engine,
+            report=TrainReport.model_validate_json(update.report),
+            download_encoding=update.download_encoding,
+            upload_encoding=update.upload_encoding,
+            upload_compression=update.upload_compression,
+        )
+        for name, update in found
     )
+
+
+def _notes(house: House, session: Session, run: RunRow, row: RoundRow) -> tuple[str, ...]:
+    """Which devices of the round take larger transfers than the plan allows."""
+    training = house.manifest(run.manifest).plan.training
+    found = session.execute(
+        select(DeviceRow.name, PlaceRow)
+        .join(DeviceRow, DeviceRow.id == PlaceRow.device_id)
+        .where(PlaceRow.round_id == row.id, PlaceRow.is_lost.is_(False))
+        .order_by(DeviceRow.name)
+    ).all()
+    notes = (
+        (name, shortfall(training, Terms(place.download_encoding, place.upload_encoding, place.compression)))
+        for name, place in found
+    )
+    return tuple(f"{name} takes {note}" for name, note in notes if note)

@@ -6,6 +6,8 @@ Times are seconds since 1970 by the coordinator's clock. A round's rows:
     places       who may send an update; a place that was given to another device stays, marked as lost
     updates      what was accepted; such a row is never changed or deleted
     evaluations  who was asked to evaluate the new weights, and the answer
+
+    variants     the same weights in smaller encodings; made from the float32 ones when first wanted, and again if lost
 """
 
 from typing import Literal
@@ -13,9 +15,23 @@ from typing import Literal
 from sqlalchemy import ForeignKey, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from lamina.compression import Compression
 from lamina.manifest import EngineName
+from lamina.tensors import Encoding
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+UPGRADES: dict[int, tuple[str, ...]] = {
+    1: (
+        "ALTER TABLE places ADD COLUMN download_encoding TEXT NOT NULL DEFAULT 'fp32'",
+        "ALTER TABLE places ADD COLUMN upload_encoding TEXT NOT NULL DEFAULT 'fp32'",
+        "ALTER TABLE places ADD COLUMN compression TEXT NOT NULL DEFAULT 'none'",
+        "ALTER TABLE updates ADD COLUMN download_encoding TEXT NOT NULL DEFAULT 'fp32'",
+        "ALTER TABLE updates ADD COLUMN upload_encoding TEXT NOT NULL DEFAULT 'fp32'",
+        "ALTER TABLE updates ADD COLUMN upload_compression TEXT NOT NULL DEFAULT 'none'",
+        "ALTER TABLE evaluations ADD COLUMN download_encoding TEXT NOT NULL DEFAULT 'fp32'",
+    ),
+}
+"""What turns the tables of a version into those of the next; new tables are made by themselves."""
 
 RoundPhase = Literal["training", "aggregating", "evaluating", "closed"]
 
@@ -76,18 +92,34 @@ class RoundRow(Base):
     since_unix_seconds: Mapped[float]
 
 
+class VariantRow(Base):
+    """A float32 blob of weights as a smaller blob. If compressing did not make it smaller, `blob` is the uncompressed one."""
+
+    __tablename__ = "variants"
+    master: Mapped[str] = mapped_column(primary_key=True)
+    encoding: Mapped[Encoding] = mapped_column(Text, primary_key=True)
+    compression: Mapped[Compression] = mapped_column(Text, primary_key=True)
+    blob: Mapped[str]
+
+
 class PlaceRow(Base):
-    """A device's place in the cohort of a round."""
+    """A device's place in the cohort of a round, and how its weights and its update travel."""
 
     __tablename__ = "places"
     round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"), primary_key=True)
     device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
     lease_ends_unix_seconds: Mapped[float]
     is_lost: Mapped[bool] = mapped_column(default=False)
+    download_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
+    upload_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
+    compression: Mapped[Compression] = mapped_column(Text, default="none")
 
 
 class UpdateRow(Base):
-    """An accepted update. `content_sha256` is over the decoded values, so that it is the same for every encoding."""
+    """An accepted update. `content_sha256` is over the decoded values, so that it is the same for every encoding.
+
+    `body_sha256` is of the bytes as they travelled; encoding and compression are what they really had.
+    """
 
     __tablename__ = "updates"
     round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"), primary_key=True)
@@ -98,6 +130,9 @@ class UpdateRow(Base):
     report: Mapped[str] = mapped_column(Text)
     engine: Mapped[EngineName] = mapped_column(Text)
     test_examples: Mapped[int]
+    download_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
+    upload_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
+    upload_compression: Mapped[Compression] = mapped_column(Text, default="none")
 
 
 class EvaluationRow(Base):
@@ -108,3 +143,4 @@ class EvaluationRow(Base):
     device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
     lease_ends_unix_seconds: Mapped[float]
     evaluation: Mapped[str | None] = mapped_column(Text)
+    download_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")

@@ -1,6 +1,9 @@
 """Blobs on the device: a folder of files named by their sha256. What is here is never downloaded again.
 
 A program is executable content, so a file is verified when it arrives and once more before this process first uses it.
+
+A blob may be fetched as another one that holds the same file compressed: that one is downloaded, resumed and verified like
+any blob, then decompressed and verified again. Only the decompressed file stays.
 """
 
 from collections.abc import Iterable
@@ -9,7 +12,9 @@ from pathlib import Path
 from edge_client.progress import Say
 from edge_client.transport import Transport
 from lamina.bundle import hash_file
-from lamina.errors import HashMismatchError
+from lamina.compression import Compression, decompress_file
+from lamina.errors import HashMismatchError, TensorFileError, TooLargeError
+from lamina.files import raise_if_full
 
 _FRESH_TRIES = 3
 
@@ -20,8 +25,14 @@ class BlobCache:
         self._verified: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
 
-    def get(self, digest: str, max_bytes: int | None = None) -> Path:
-        """The file of a blob, downloaded if it is missing. Raises HashMismatchError if it comes wrong three times."""
+    def get(
+        self, digest: str, max_bytes: int | None = None, compressed: str | None = None, compression: Compression = "none"
+    ) -> Path:
+        """The file of a blob, downloaded if it is missing. Raises HashMismatchError if it comes wrong three times.
+
+        `compressed`, if given, is the blob that holds the same file compressed with `compression`; it needs `max_bytes`,
+        which bounds both. If it does not give the file, the file itself is downloaded.
+        """
         path = self._folder / digest
         if digest in self._verified and path.is_file():
             return path
@@ -31,7 +42,18 @@ class BlobCache:
                 return path
             self._say(f"blob {digest[:12]} was altered on this disk; downloading it again")
             path.unlink()
-        return self._download(digest, path, max_bytes)
+        if compressed is None or compressed == digest:
+            return self._download(digest, path, max_bytes)
+        if max_bytes is None:
+            raise ValueError("a compressed blob needs a bound for what comes out of it")
+        source = self._download(compressed, self._folder / compressed, max_bytes)
+        try:
+            return self._decompress(source, digest, path, compression, max_bytes)
+        except (HashMismatchError, TensorFileError, TooLargeError) as error:
+            self._say(f"compressed blob {compressed[:12]}: {error.message}; downloading {digest[:12]} as it is")
+            return self._download(digest, path, max_bytes)
+        finally:
+            source.unlink(missing_ok=True)
 
     def keep_only(self, digests: Iterable[str]) -> None:
         """Deletes all other blobs and unfinished downloads."""
@@ -40,6 +62,21 @@ class BlobCache:
             if path.name not in keep:
                 path.unlink()
                 self._verified.discard(path.name)
+
+    def _decompress(self, source: Path, digest: str, path: Path, compression: Compression, max_bytes: int) -> Path:
+        partial = path.with_suffix(".decompressed")
+        try:
+            decompress_file(source, partial, compression, max_bytes)
+            if (actual := hash_file(partial)) != digest:
+                raise HashMismatchError(f"it holds sha256 {actual}, not {digest}")
+            partial.replace(path)
+        except OSError as error:
+            raise_if_full(error, path)
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
+        self._verified.add(digest)
+        return path
 
     def _download(self, digest: str, path: Path, max_bytes: int | None) -> Path:
         partial = path.with_suffix(".partial")

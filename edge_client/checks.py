@@ -7,19 +7,10 @@ from numpy.typing import NDArray
 
 from edge_client.engines.base import Array
 from lamina.errors import DataError, EngineError
-from lamina.manifest import LABEL, Program
-from lamina.model import ModelDescription
+from lamina.names import ProgramShape
 
 
-def limits_of(model: ModelDescription) -> dict[str, int]:
-    """How many values each integer input may have: the classes of the label, the vocabulary of each text modality."""
-    limits = {e.modality: e.input.vocabulary for e in model.encoders if e.input.kind == "text_tokens"}
-    if model.objective.kind == "supervised":
-        limits[LABEL] = model.objective.classes
-    return limits
-
-
-def check_inputs(program: Program, arrays: Sequence[Array], limits: dict[str, int]) -> None:
+def check_inputs(program: ProgramShape, arrays: Sequence[Array], limits: dict[str, int]) -> None:
     """Raises EngineError for arrays that are not those of the program, DataError for a value that is not legal."""
     names = [spec.name for spec in program.inputs]
     if len(arrays) != len(names):

@@ -3,27 +3,34 @@
 Rows are read from the file when they are needed; the arrays are never in memory as a whole. Nothing is unpickled.
 """
 
+import json
 import re
 import shutil
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from edge_client.checks import find_fault, limits_of
+from edge_client.checks import find_fault
+from edge_client.job import SPLITS, Rows, Split
 from edge_client.rows import RowFile
 from lamina.bundle import hash_file
 from lamina.errors import DataError
-from lamina.files import raise_if_full
-from lamina.manifest import LABEL
+from lamina.files import raise_if_full, write_durably
 from lamina.model import ModelDescription
+from lamina.names import LABEL
 
-Split = Literal["train", "test"]
-SPLITS: tuple[Split, ...] = ("train", "test")
 _CHUNK_BYTES = 1 << 20
 _MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")  # as lamina.model.Name
+
+
+def limits_of(model: ModelDescription) -> dict[str, int]:
+    """How many values each integer input may have: the classes of the label, the vocabulary of each text modality."""
+    limits = {e.modality: e.input.vocabulary for e in model.encoders if e.input.kind == "text_tokens"}
+    if model.objective.kind == "supervised":
+        limits[LABEL] = model.objective.classes
+    return limits
 
 
 class LocalData:
@@ -38,7 +45,7 @@ class LocalData:
         if not path.is_file():
             raise DataError(f"{path} does not exist; `--data` takes an .npz file with arrays such as train_image, train_label")
         try:
-            self.fingerprint = hash_file(path)
+            self.fingerprint = _fingerprint(path, scratch)
             self._arrays = {name: rows for name, rows in _open_arrays(path, scratch / self.fingerprint)}
         except zipfile.BadZipFile as error:
             raise DataError(f"{path} is no .npz file ({error}); write it with numpy.savez") from error
@@ -68,6 +75,11 @@ class LocalData:
             return self._arrays[f"{split}_{name}"]
         except KeyError:
             raise DataError(f"{self.path} has no array {split}_{name}; it has {sorted(self._arrays)}") from None
+
+    def location(self, split: Split, name: str) -> Rows:
+        """Where those rows are."""
+        rows = self.rows(split, name)
+        return Rows(str(rows.path), rows.offset, rows.source, rows.identity)
 
     def examples(self, split: Split) -> int:
         return self.train_examples if split == "train" else self.test_examples
@@ -104,6 +116,20 @@ class LocalData:
         return next(iter(lengths.values()), 0)
 
 
+def _fingerprint(path: Path, scratch: Path) -> str:
+    """sha256 of the file; remembered while name, size and time of change stay, because a device starts often."""
+    found = path.stat()
+    stamp = [str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns]
+    note = scratch / "fingerprint.json"
+    if note.is_file():
+        known = json.loads(note.read_bytes())
+        if known[0] == stamp:
+            return str(known[1])
+    digest = hash_file(path)
+    write_durably(note, json.dumps([stamp, digest]).encode())
+    return digest
+
+
 def _open_arrays(path: Path, scratch: Path) -> Iterable[tuple[str, RowFile]]:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -126,7 +152,7 @@ def _values_start(path: Path, member: zipfile.ZipInfo) -> int:
 def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, scratch: Path) -> Path:
     """The member as a file of its own. The folder is named by the fingerprint, so a complete file can be used again."""
     for older in scratch.parent.glob("*"):
-        if older != scratch:
+        if older != scratch and older.is_dir():
             shutil.rmtree(older)
     scratch.mkdir(parents=True, exist_ok=True)
     target = scratch / f"{archive.infolist().index(member)}.npy"

@@ -1,159 +1,263 @@
-"""A device's life: enrol once, then check in, do what is assigned, send the result, and ask again.
+"""The talking half of a device: enrol once, then check in, fetch what the work needs, and send what became of it.
+
+    python -m edge_client.device OPTIONS      as the supervisor runs it: ends with status 75 when a job is ready
 
 Everything that takes long leaves its result on disk under its final name, so the process may be killed at any moment and
-started again with the same command: it downloads and computes only what was not finished.
+started again: it downloads, computes and sends only what was not finished.
 """
 
+import json
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import getppid
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from typing import Any
 
 from edge_client.blobs import BlobCache
 from edge_client.data import LocalData
 from edge_client.engines import load_engine
-from edge_client.engines.base import Engine
-from edge_client.identity import IDENTITY_FILE, exclusive, load_or_enrol
-from edge_client.lease import Lease
-from edge_client.memory import peak_bytes
+from edge_client.heartbeat import Lease
+from edge_client.identity import IDENTITY_FILE, exclusive, load_or_enrol, read_enrolment_token
+from edge_client.job import Heartbeat, Job
+from edge_client.memory import die_with_parent, peak_bytes
+from edge_client.outcome import FAILURES, JOB, OUTCOME, PACKED, UPDATE, WORK_STATUS, read_outcome
+from edge_client.prepare import Fetch, prepare_job
 from edge_client.progress import Say, say
-from edge_client.stage_session import StageSession
-from edge_client.train import evaluate, train_round
+from edge_client.trainer import do_job
 from edge_client.transport import Transport
-from lamina.errors import HashMismatchError, NotEnrolledError, ProtocolError, RoundClosedError, UnknownNameError
-from lamina.manifest import EngineName, Manifest
-from lamina.tensors import encode, max_file_bytes
-from lamina.wire import MAX_JSON_BYTES, Assignment, CheckIn, Refused, TrainReport, Wait
+from lamina.compression import Compression, available_compressions, compress_file
+from lamina.errors import (
+    EngineError,
+    HashMismatchError,
+    LaminaError,
+    NotEnrolledError,
+    ProtocolError,
+    RoundClosedError,
+    UnknownNameError,
+    all_errors,
+    shown,
+)
+from lamina.files import write_durably
+from lamina.manifest import Manifest
+from lamina.names import EngineName
+from lamina.tensors import ENCODINGS, max_file_bytes
+from lamina.wire import MAX_JSON_BYTES, Assignment, CheckIn, Evaluation, Refused, TrainReport, Wait
+
+_CHECKED, _BYTES = "checked.json", "bytes.json"
+_MOST_FAILURES = 5
+_FIRST_PAUSE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `lamina join` was told. `has_worked`: a job was done since the command began."""
+
+    url: str
+    data: str
+    name: str
+    engine: EngineName
+    state: str
+    token_file: str | None = None
+    run: str | None = None
+    until_finished: bool = False
+    disk_bytes: int | None = None
+    has_worked: bool = False
 
 
 def join(
-    url: str,
-    data: Path,
-    name: str,
-    engine: EngineName,
-    state: Path,
+    options: Options,
     enrolment_token: Callable[[], str],
-    *,
-    run: str | None = None,
-    until_finished: bool = False,
     connect: Callable[[str], Transport] = Transport,
     say: Say = say,
 ) -> None:
-    """Takes part in the coordinator's runs until it is stopped, or until there is nothing left to do.
-
-    `enrolment_token` is asked for only if the state folder holds no identity. What can be wrong on this machine is found
-    before the coordinator is bothered.
-    """
-    with exclusive(state), connect(url) as transport:
-        local = LocalData(data, state / "data")
-        chosen = load_engine(engine)
-        identity = load_or_enrol(state, name, transport, enrolment_token)
-        transport.token = identity.device_token
-        say(f"device {name}: {local.train_examples} training and {local.test_examples} test examples, engine {engine}")
-        Device(name, state, local, chosen, transport, run=run, say=say).run(until_finished)
+    """A device in this one process: for programs that embed it. `lamina join` has the supervisor and two processes."""
+    with exclusive(Path(options.state)), connect(options.url) as transport:
+        load_engine(options.engine)
+        device = Device(options, transport, enrolment_token, say)
+        while job := device.next_job():
+            do_job(job, say, Lease(job, say, lambda heartbeat: _ask(transport, heartbeat)))
 
 
 class Device:
-    """An enrolled device with its data and its engine."""
+    """An enrolled device and its data."""
 
-    def __init__(
-        self,
-        name: str,
-        state: Path,
-        data: LocalData,
-        engine: Engine,
-        transport: Transport,
-        *,
-        run: str | None = None,
-        say: Say = say,
-    ) -> None:
-        self._name, self._state, self._data, self._engine, self._transport = name, state, data, engine, transport
-        self._run, self._say = run, say
-        self._blobs = BlobCache(state / "blobs", transport, say)
+    def __init__(self, options: Options, transport: Transport, enrolment_token: Callable[[], str], say: Say = say) -> None:
+        """`enrolment_token` is asked for only if the state folder holds no identity. What can be wrong on this machine is
+        found before the coordinator is bothered."""
+        self._options, self._transport, self._say = options, transport, say
+        self._state = Path(options.state)
+        self._work = self._state / "work"
+        self._work.mkdir(parents=True, exist_ok=True)
+        self._data = LocalData(Path(options.data), self._state / "data")
+        identity = load_or_enrol(self._state, options.name, transport, enrolment_token)
+        transport.token = identity.device_token
+        if not options.has_worked:
+            self._say(
+                f"device {options.name}: {self._data.train_examples} training and {self._data.test_examples} test examples, "
+                f"engine {options.engine}"
+            )
+        self._has_worked = options.has_worked
+        self._blobs = BlobCache(self._state / "blobs", transport, say)
         self._manifest: tuple[str, Manifest] | None = None
-        self._session: tuple[object, StageSession] | None = None
+        self._said = ""
+        self._recall_bytes()
 
-    def run(self, until_finished: bool = False) -> None:
-        """The loop. Returns only with `until_finished`: when no run is open, after at least one assignment was done."""
-        is_any_done = False
+    def next_job(self) -> Job | None:
+        """Sends the outcome of the last job, then asks until there is a new one; it also lies in the work folder.
+
+        None, with `until_finished`, when no run is open after at least one job was done.
+        """
         failed: Assignment | None = None
-        said = ""
         while True:
+            self._deliver()
             answer = self._check_in()
             if isinstance(answer, Refused):
                 raise ProtocolError(f"the coordinator cannot use this device: {answer.detail}")
             if isinstance(answer, Wait):
-                if answer.reason == "no_run":
-                    self._close_session()
-                    if until_finished and is_any_done:
-                        self._say(f"finished: {answer.detail}")
-                        return
-                if answer.detail != said:
-                    said = answer.detail
-                    self._say(f"waiting: {said}")
+                if answer.reason == "no_run" and self._options.until_finished and self._has_worked:
+                    self._say(f"finished: {answer.detail}")
+                    return None
+                if answer.detail != self._said:
+                    self._said = answer.detail
+                    self._say(f"waiting: {self._said}")
                 self._transport.sleep(self._transport.uniform(answer.wait_seconds_min, answer.wait_seconds_max))
                 continue
-            said = ""
+            self._said = ""
             try:
-                self._work(answer)
-                is_any_done = True
-            except RoundClosedError as error:
-                self._say(f"too late: {error.message}; checking in again")
+                job = self._prepare(answer)
             except UnknownNameError as error:
                 # The weights of a round that has closed may be gone. If the same work is offered again, they are lost.
                 if answer == failed:
                     raise
                 failed = answer
                 self._say(f"{error.message}; checking in again")
+                continue
+            self._has_worked = True
+            return job
 
-    def _work(self, work: Assignment) -> None:
-        """One assignment, from its weights to the accepted result."""
-        lease = Lease(work, self._check_in, self._transport.clock)
+    def _prepare(self, work: Assignment) -> Job:
         manifest = self._load_manifest(work.manifest)
-        plan = manifest.plan
         fetch = self._fetcher(manifest, work)
-        session = self._stage_session(manifest, work, fetch, lease.keep)
-        model = session.model
-        model.load_weights(fetch, work.weights)
-        where = f"stage {work.stage}, round {work.round}"
+        job = prepare_job(
+            work,
+            manifest,
+            self._data,
+            fetch,
+            self._state,
+            self._options.name,
+            self._options.engine,
+            self._facts(),
+            self._transport.url,
+            self._options.disk_bytes,
+        )
+        self._blobs.keep_only({work.manifest, *work.weights.values(), *_programs_of(manifest, self._options.engine)})
+        (self._work / OUTCOME).unlink(missing_ok=True)
+        write_durably(self._work / JOB, job.to_json())
+        self._remember_bytes()
+        return job
 
-        if work.phase == "evaluate":
-            evaluation = evaluate(model, session.inputs("test"), plan, self._say, lease.keep)
-            self._transport.put_evaluation(work.run, work.stage, work.round, evaluation)
-            self._say(f"{where}: evaluated, {evaluation.correct} of {evaluation.num_examples} correct")
+    def _deliver(self) -> None:
+        """Sends what became of the last job, if it was done; the work folder is empty afterwards."""
+        outcome = read_outcome(self._work)
+        if outcome is None or not (self._work / JOB).is_file():
+            return
+        job = Job.read(self._work / JOB)
+        try:
+            self._send(job, outcome)
+        except RoundClosedError as error:
+            self._say(f"too late: {error.message}; checking in again")
+        finally:
+            for name in (OUTCOME, JOB, UPDATE, PACKED):
+                (self._work / name).unlink(missing_ok=True)
+
+    def _send(self, job: Job, outcome: dict[str, Any]) -> None:
+        kind = outcome.pop("kind")
+        if kind == "error":
+            raise all_errors().get(outcome["code"], EngineError)(outcome["message"])
+        if kind == "again":
+            self._say(outcome["reason"])
+        elif kind == "died":
+            self._note_failure(job, outcome["how"])
+        elif kind == "evaluated":
+            self._transport.put_evaluation(job.run, job.stage, job.round, Evaluation(**outcome))
+            self._say(f"{job.where}: evaluated, {outcome['correct']} of {outcome['num_examples']} correct")
+            self._forget_failures()
         else:
-            inputs = session.inputs("train")
-            trained = train_round(model, inputs, plan, work.stage, work.round, self._name, self._say, lease.keep)
-            model.subtract_weights(fetch, work.weights)
-            body = encode(model.tensors(), work.upload_encoding)
-            down, up = self._transport.bytes_down, self._transport.bytes_up + len(body)
-            report = TrainReport(
-                num_examples=trained.num_examples,
-                loss=trained.loss,
-                train_seconds=trained.train_seconds,
-                peak_bytes=peak_bytes(),
-                bytes_down=down,
-                bytes_up=up,
-            )
-            self._transport.put_update(work.run, work.stage, work.round, body, report)
-            # What was reported is reported; repeated attempts and later messages go into the next report.
-            self._transport.bytes_down -= down
-            self._transport.bytes_up -= up
-            self._say(f"{where}: trained in {trained.train_seconds:.1f} s, mean loss {trained.loss:.4f}, update accepted")
-        self._blobs.keep_only({work.manifest, *work.weights.values(), *_programs_of(manifest, self._engine.name)})
+            self._send_update(job, outcome)
+            self._forget_failures()
 
-    def _check_in(self) -> Assignment | Wait | Refused:
-        message = CheckIn(
-            engine=self._engine.name,
+    def _send_update(self, job: Job, outcome: dict[str, Any]) -> None:
+        file, compression = self._packed_update(job)
+        failures = self._failures(job)
+        down, up = self._transport.bytes_down, self._transport.bytes_up + file.stat().st_size
+        report = TrainReport(
+            num_examples=outcome["num_examples"],
+            loss=outcome["loss"],
+            train_seconds=outcome["train_seconds"],
+            peak_bytes=max(outcome["peak_bytes"], peak_bytes()) + self._supervisor_bytes(),
+            bytes_down=down,
+            bytes_up=up,
+            upload_encoding=job.upload_encoding,
+            failed_attempts=failures.get("count", 0),
+            failure=failures.get("how", ""),
+        )
+        self._transport.put_update(job.run, job.stage, job.round, file, report, compression)
+        # What was reported is reported; repeated attempts and later messages go into the next report.
+        self._transport.bytes_down -= down
+        self._transport.bytes_up -= up
+        seconds, loss = outcome["train_seconds"], outcome["loss"]
+        self._say(f"{job.where}: trained in {seconds:.1f} s, mean loss {loss:.4f}, update accepted")
+
+    def _packed_update(self, job: Job) -> tuple[Path, Compression]:
+        """The file that travels: compressed as agreed, if that is shorter."""
+        plain, packed = self._work / UPDATE, self._work / PACKED
+        if job.upload_compression == "none":
+            return plain, "none"
+        compress_file(plain, packed, job.upload_compression)
+        if packed.stat().st_size < plain.stat().st_size:
+            return packed, job.upload_compression
+        return plain, "none"
+
+    def _note_failure(self, job: Job, how: str) -> None:
+        """Counts how often this work ended the trainer. Raises EngineError when it is not to be tried any more."""
+        path = self._work / FAILURES
+        count = self._failures(job).get("count", 0) + 1
+        write_durably(path, json.dumps({"work": _key(job), "count": count, "how": how[:200]}).encode())
+        if count >= _MOST_FAILURES:
+            path.unlink()
+            raise EngineError(
+                f"{job.where}: the training process died {count} times, the last time {how}; engine {job.engine}. If memory "
+                "is short here, ask `lamina fit` for settings that need less, or join with another --engine"
+            )
+        pause = _FIRST_PAUSE_SECONDS * 2 ** (count - 1)
+        self._say(f"{job.where}: attempt {count} failed, {how}; nothing is lost, trying again in {pause:.0f} s")
+        self._transport.sleep(pause)
+
+    def _failures(self, job: Job) -> dict[str, Any]:
+        """How often this very work failed, and how; empty if it never did."""
+        path = self._work / FAILURES
+        known: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+        return known if known.get("work") == _key(job) else {}
+
+    def _forget_failures(self) -> None:
+        (self._work / FAILURES).unlink(missing_ok=True)
+
+    def _facts(self) -> CheckIn:
+        return CheckIn(
+            engine=self._options.engine,
             modalities=self._data.modalities,
             train_examples=self._data.train_examples,
             test_examples=self._data.test_examples,
-            run=self._run,
+            encodings=ENCODINGS,
+            compressions=available_compressions(),
+            run=self._options.run,
         )
+
+    def _check_in(self) -> Assignment | Wait | Refused:
         try:
-            return self._transport.check_in(message)
+            return self._transport.check_in(self._facts())
         except NotEnrolledError as error:
             raise NotEnrolledError(
                 f"the coordinator does not know this device any more ({error.message}); to enrol it anew, "
@@ -164,59 +268,69 @@ class Device:
         """The run's manifest; with a new one, the data is checked against its model."""
         if self._manifest is None or self._manifest[0] != digest:
             manifest = Manifest.from_file(self._blobs.get(digest, MAX_JSON_BYTES))
-            self._data.check(manifest.plan.model)
+            note, pair = self._work / _CHECKED, json.dumps([digest, self._data.fingerprint]).encode()
+            if not note.is_file() or note.read_bytes() != pair:
+                self._data.check(manifest.plan.model)
+                write_durably(note, pair)
             self._manifest = (digest, manifest)
         return self._manifest[1]
 
-    def _fetcher(self, manifest: Manifest, work: Assignment) -> Callable[[str], Path]:
+    def _fetcher(self, manifest: Manifest, work: Assignment) -> Fetch:
         """Fetches the blobs of an assignment, none of them larger than it can be."""
         most: dict[str, int] = dict(manifest.blobs)
         for name, digest in work.weights.items():
             most.setdefault(digest, max_file_bytes(manifest.segment(name).tensors))
+        packed = {work.weights[name]: digest for name, digest in work.compressed_weights.items()}
 
         def fetch(digest: str) -> Path:
             if digest not in most:
                 raise HashMismatchError(f"blob {digest} is neither in the manifest nor in the assignment")
-            return self._blobs.get(digest, most[digest])
+            return self._blobs.get(digest, most[digest], packed.get(digest), work.download_compression)
 
         return fetch
 
-    def _stage_session(
-        self, manifest: Manifest, work: Assignment, fetch: Callable[[str], Path], on_chunk: Callable[[], None]
-    ) -> StageSession:
-        frozen = {name: work.weights[name] for name in manifest.plan.stages[work.stage].frozen}
-        key = (work.manifest, work.stage, frozen)
-        if self._session is None or self._session[0] != key:
-            self._close_session()
-            folder = self._state / "features"
-            session = StageSession(
-                manifest, work.stage, work.weights, self._data, self._engine, folder, fetch, self._say, on_chunk
-            )
-            self._session = (key, session)
-        return self._session[1]
+    def _supervisor_bytes(self) -> int:
+        """What the supervisor holds at most; nothing where there is none."""
+        return peak_bytes(Path(f"/proc/{getppid()}/status")) if self._options.has_worked else 0
 
-    def _close_session(self) -> None:
-        if self._session is not None:
-            self._session[1].close()
-            self._session = None
+    def _remember_bytes(self) -> None:
+        """The counters outlive this process: an update reports what its download cost."""
+        write_durably(self._work / _BYTES, json.dumps([self._transport.bytes_down, self._transport.bytes_up]).encode())
+
+    def _recall_bytes(self) -> None:
+        path = self._work / _BYTES
+        if path.is_file():
+            down, up = json.loads(path.read_bytes())
+            self._transport.bytes_down += down
+            self._transport.bytes_up += up
+            path.unlink()
+
+
+def _key(job: Job) -> list[Any]:
+    return [job.run, job.stage, job.round, job.phase]
 
 
 def _programs_of(manifest: Manifest, engine: EngineName) -> set[str]:
     return {digest for digest, program in manifest.programs.items() if program.engine == engine}
 
 
-@contextmanager
-def stopped_by_signals(say: Say = say) -> Iterator[None]:
-    """SIGTERM and SIGINT end the block quietly, wherever it is: nothing on disk is ever half written."""
+def _ask(transport: Transport, heartbeat: Heartbeat) -> dict[str, Any]:
+    return transport.check_in(CheckIn.from_json(heartbeat.body)).model_dump()
 
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+def main() -> int:
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    options = Options(**json.loads(sys.argv[1]))
+    token_file = Path(options.token_file) if options.token_file else None
     try:
-        yield
-    except KeyboardInterrupt:
-        say("stopped; run the same command to go on where this device was")
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        with Transport(options.url) as transport:
+            device = Device(options, transport, lambda: read_enrolment_token(token_file))
+            return WORK_STATUS if device.next_job() else 0
+    except LaminaError as error:
+        sys.stderr.write(shown(error))
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,78 +4,73 @@ The prefix never changes while it is frozen, so its output over the data is a co
 more segment, only that segment runs, over the features that are already there: O(stages), not O(stages x rounds x epochs
 x depth). One segment's weights and one chunk of rows are in memory at a time.
 
-A file is named `<key>-<sha256>.npy`. The key stands for the data, the modality, the split and the chain of weights and
-programs that made the features; the sha256 is that of the file, so that a damaged one, for whatever reason, is noticed and
+A file is named `<key>-<crc>.npy`. The key stands for the data, the modality, the split, the view, the encoding and the
+chain of weights and programs that made the features; the CRC-32 is that of the file, so that a damaged one is noticed and
 made again. A file under its final name is complete: it is written under another name and renamed, so a device that is
 killed goes on from the last segment that was finished.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edge_client.checks import check_inputs, find_fault
-from edge_client.data import Split
-from edge_client.engines.base import Engine
+from edge_client.augment import AugmentedRows
+from edge_client.checks import check_inputs
+from edge_client.engines.base import Array, Engine, LoadedProgram
+from edge_client.job import FeaturePlan, FrozenStep
 from edge_client.memory import give_back_free_memory
 from edge_client.progress import Progress, Say
-from edge_client.rows import RowFile, RowWriter
-from lamina.bundle import hash_file
-from lamina.errors import EngineError, NonFiniteError
-from lamina.manifest import Program
-from lamina.segments import Segment
-from lamina.tensors import decode_file, hash_bytes
+from edge_client.rows import Indices, RowFile, RowSource, RowWriter, file_crc
+from edge_client.stored import decode_rows, encode_rows
+from lamina.errors import EngineError
+from lamina.quantize import frozen_weights
+from lamina.tensors import decode_one_by_one
 
-Fetch = Callable[[str], Path]
-"""A blob's file by its sha256, downloaded if it is not there yet."""
+VERIFIED = "verified.json"
 
 
-@dataclass(frozen=True)
-class FrozenStep:
-    """One segment of a frozen prefix."""
-
-    segment: Segment
-    weights: str
-    program: Program
+class FeaturesLostError(Exception):
+    """Features that the job counted on are gone or damaged: it has to be prepared again, with all that makes them."""
 
 
 class FeatureCache:
-    def __init__(self, folder: Path, fingerprint: str, engine: Engine, fetch: Fetch, say: Say) -> None:
-        self._folder, self._fingerprint, self._engine, self._fetch, self._say = folder, fingerprint, engine, fetch, say
-        self._verified: set[Path] = set()
+    def __init__(self, folder: Path, engine: Engine, encoding: str, say: Say) -> None:
+        self._folder, self._engine, self._encoding, self._say = folder, engine, encoding, say
         folder.mkdir(parents=True, exist_ok=True)
+        self._verified = _Verified(folder / VERIFIED)
 
     def rows(
-        self,
-        modality: str,
-        split: Split,
-        source: RowFile,
-        chain: Sequence[FrozenStep],
-        limits: dict[str, int],
-        on_chunk: Callable[[], None] = lambda: None,
-    ) -> RowFile:
-        """`source` after all steps of the chain. Blobs are fetched only for the steps that have to run.
+        self, plan: FeaturePlan, view: int, stored_examples: int, on_chunk: Callable[[], None] = lambda: None
+    ) -> RowSource:
+        """The modality's rows after all frozen steps, in one view.
 
-        `limits` are those of `checks.limits_of`; `on_chunk` is called after every chunk. Raises NonFiniteError for a
-        feature that is NaN or infinite.
+        The first `stored_examples` come from disk, and are put there if they are not; the others are computed whenever they
+        are asked for. Raises NonFiniteError for a feature that is NaN or infinite.
         """
-        depth, features = self._deepest(modality, split, chain)
-        for done in range(depth, len(chain)):
-            step = chain[done]
-            key = self._key(modality, split, chain[: done + 1])
-            path = self._run(step, features or source, key, f"{split} features of {step.segment.name}", limits, on_chunk)
-            features = RowFile(path)
-        return features or source
+        raw: RowSource = RowFile(Path(plan.rows.path), plan.rows.offset, plan.rows.source, plan.rows.identity)
+        if plan.augmentation is not None:
+            raw = AugmentedRows(raw, plan.augmentation, view)
+        if not plan.steps:
+            return raw
+        stored_examples = min(stored_examples, len(raw))
+        stored: StoredRows | None = None
+        if stored_examples:
+            done, stored = self._deepest(plan, view)
+            while done < len(plan.steps):
+                stored = self._extend(plan, view, done, stored or raw, stored_examples, on_chunk)
+                done += 1
+        if stored is not None and len(stored) == len(raw):
+            return stored
+        return PartlyStored(stored, raw, _Prefix(self._engine, plan))
 
-    def keep_only(self, chains: Sequence[tuple[str, Split, Sequence[FrozenStep]]]) -> None:
-        """Deletes every file that is not the deepest one of these (modality, split, chain)."""
-        keep = set()
-        for modality, split, chain in chains:
-            for depth in range(len(chain), 0, -1):
-                found = list(self._folder.glob(f"{self._key(modality, split, chain[:depth])}-*.npy"))
+    def keep_only(self, keys: Iterable[Sequence[str]]) -> None:
+        """Deletes all but the deepest file of each of these chains of keys."""
+        keep = {self._folder / VERIFIED}
+        for chain in keys:
+            for key in reversed(chain):
+                found = list(self._folder.glob(f"{key}-*.npy"))
                 if found:
                     keep |= set(found)
                     break
@@ -83,56 +78,161 @@ class FeatureCache:
             if path not in keep:
                 path.unlink()
 
-    def _deepest(self, modality: str, split: Split, chain: Sequence[FrozenStep]) -> tuple[int, RowFile | None]:
-        """How many steps of the chain are there already, and their features."""
-        for depth in range(len(chain), 0, -1):
-            for path in self._folder.glob(f"{self._key(modality, split, chain[:depth])}-*.npy"):
-                if path in self._verified or hash_file(path) == path.stem.rpartition("-")[2]:
+    def _deepest(self, plan: FeaturePlan, view: int) -> tuple[int, "StoredRows | None"]:
+        """How many steps are on disk already, and their rows."""
+        for depth in range(len(plan.steps), 0, -1):
+            for path in self._folder.glob(f"{plan.keys[view][depth - 1]}-*.npy"):
+                if path in self._verified or file_crc(path) == _promised_crc(path):
                     self._verified.add(path)
-                    return depth, RowFile(path)
+                    return depth, StoredRows(path)
                 self._say(f"cached features {path.name} are damaged; making them again")
                 path.unlink()
         return 0, None
 
-    def _key(self, modality: str, split: Split, chain: Sequence[FrozenStep]) -> str:
-        # The program is part of the key: the same weights in another graph, or in another engine, give other features.
-        steps = [(step.segment.name, step.weights, step.program.blob) for step in chain]
-        return hash_bytes(json.dumps([self._fingerprint, modality, split, steps]).encode())[:40]
-
-    def _run(
-        self, step: FrozenStep, source: RowFile, key: str, what: str, limits: dict[str, int], on_chunk: Callable[[], None]
-    ) -> Path:
-        weights_file = self._fetch(step.weights)
-        program_file = self._fetch(step.program.blob)
-        weights = list(decode_file(str(weights_file), step.segment.tensors).values())
-        if tuple(weight.shape for weight in weights) != step.program.weights:
-            raise EngineError(f"the frozen program of {step.segment.name} takes other weights than the segment has")
-        # A frozen program's input has no modality's name; the vocabulary of a text stem is that of the segment's modality.
-        own_limits = {spec.name: limits[name] for spec in step.program.inputs if (name := step.segment.modality) in limits}
-        progress = Progress(self._say, what, len(source))
-        writer = RowWriter(self._folder / f"{key}.partial", len(source))
-        program = self._engine.load(program_file, step.program)
+    def _extend(
+        self, plan: FeaturePlan, view: int, done: int, source: RowSource, count: int, on_chunk: Callable[[], None]
+    ) -> "StoredRows":
+        """Runs one more step over the first `count` rows of a source, and stores what it gives."""
+        step, key = plan.steps[done], plan.keys[view][done]
+        what = f"features of {step.segment.name}" + (f", view {view}" if len(plan.keys) > 1 else "")
+        progress = Progress(self._say, what, count)
+        writer = RowWriter(self._folder / f"{key}.partial", count)
+        prefix = _Prefix(self._engine, plan)
         try:
-            for first, rows in source.chunks(step.program.max_batch):
-                check_inputs(step.program, [rows], own_limits)
-                (features,) = program.run([*weights, rows])
-                if features.dtype != np.float32 or features.shape[:1] != rows.shape[:1]:
-                    raise EngineError(f"{what}: the program gave {features.dtype} {features.shape} for {len(rows)} rows")
-                fault = find_fault(features, None, first)
-                if fault is not None:
-                    raise NonFiniteError(f"{what}: {fault}; the frozen weights or the data hold extreme values")
-                writer.append(features)
-                progress.at(first + len(rows))
+            for first in range(0, count, step.program.max_batch):
+                chunk = np.arange(first, min(first + step.program.max_batch, count))
+                features = prefix.run(source.take(chunk), done, done + 1)
+                writer.append(encode_rows(features, self._encoding, first, what))
+                progress.at(first + len(chunk))
                 on_chunk()
-            path = self._folder / f"{key}-{writer.finish()}.npy"
-            # No fsync: should power fail before the bytes are on the disk, the sha256 in the name shows it.
+            path = self._folder / f"{key}-{writer.finish():08x}.npy"
+            # No fsync: should power fail before the bytes are on the disk, the CRC in the name shows it.
             writer.path.replace(path)
         except BaseException:
             writer.abandon()
             raise
         finally:
-            program.close()
-            del weights
-            give_back_free_memory()
+            prefix.close()
         self._verified.add(path)
-        return path
+        return StoredRows(path)
+
+
+class StoredRows:
+    """A file of stored features; its rows as float32."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = RowFile(path)
+
+    def __len__(self) -> int:
+        return len(self._file)
+
+    def take(self, indices: Indices) -> Array:
+        return decode_rows(self._file.take(indices))
+
+
+class PartlyStored:
+    """Features of which only the first rows fit the disk; the others go through the whole prefix each time."""
+
+    def __init__(self, stored: StoredRows | None, raw: RowSource, prefix: "_Prefix") -> None:
+        self._stored, self._raw, self._prefix = stored, raw, prefix
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def take(self, indices: Indices) -> Array:
+        wanted = np.asarray(indices)
+        held = wanted < (len(self._stored) if self._stored else 0)
+        computed = self._prefix.run_all(self._raw.take(wanted[~held])) if not held.all() else None
+        if computed is None or not held.any():
+            return self._stored.take(wanted) if computed is None and self._stored else computed  # type: ignore[return-value]
+        rows = np.empty((len(wanted), *computed.shape[1:]), np.float32)
+        assert self._stored is not None
+        rows[held], rows[~held] = self._stored.take(wanted[held]), computed
+        return rows
+
+
+class _Prefix:
+    """Runs frozen steps; the program and the weights of one step are in memory at a time."""
+
+    def __init__(self, engine: Engine, plan: FeaturePlan) -> None:
+        self._engine, self._plan = engine, plan
+        self._program: tuple[str, LoadedProgram] | None = None
+        self._weights: tuple[int, list[Array]] | None = None
+
+    def run_all(self, rows: Array) -> Array:
+        """All steps over some rows; in between, one chunk of the program's size at a time."""
+        for index, step in enumerate(self._plan.steps):
+            size = step.program.max_batch
+            pieces = [self.run(rows[first : first + size], index, index + 1) for first in range(0, len(rows), size)]
+            rows = np.concatenate(pieces)
+        return rows
+
+    def run(self, rows: Array, first: int, end: int) -> Array:
+        """Steps first..end over at most one chunk of rows; a new array."""
+        for index in range(first, end):
+            step = self._plan.steps[index]
+            own_limits = {} if step.limit is None else {spec.name: step.limit for spec in step.program.inputs}
+            check_inputs(step.program, [rows], own_limits)
+            (features,) = self._opened(step).run([*self._loaded(index, step), rows])
+            if features.dtype != np.float32 or features.shape[:1] != rows.shape[:1]:
+                raise EngineError(f"{step.segment.name} gave {features.dtype} {features.shape} for {len(rows)} rows")
+            rows = features.copy()
+        return rows
+
+    def close(self) -> None:
+        if self._program is not None:
+            self._program[1].close()
+        self._program = self._weights = None
+        give_back_free_memory()
+
+    def _opened(self, step: FrozenStep) -> LoadedProgram:
+        """Equal layers are one program, so a chain of them opens it once."""
+        if not step.program.path:
+            raise FeaturesLostError(step.segment.name)
+        if self._program is None or self._program[0] != step.program.blob:
+            self.close()
+            self._program = (step.program.blob, self._engine.load(Path(step.program.path), step.program))
+        return self._program[1]
+
+    def _loaded(self, index: int, step: FrozenStep) -> list[Array]:
+        if self._weights is None or self._weights[0] != index:
+            self._weights = None  # the old ones go before the new ones come
+            given: list[Array] = []
+            shapes = []
+            for _, tensor in decode_one_by_one(step.segment.path, step.segment.tensors):
+                shapes.append(tensor.shape)
+                given += frozen_weights([tensor], step.program.precision)  # one at a time, so int8 never needs all in float32
+            if tuple(shapes) != step.program.weights:
+                raise EngineError(f"the frozen program of {step.segment.name} takes other weights than the segment has")
+            self._weights = (index, given)
+        return self._weights[1]
+
+
+class _Verified:
+    """Files whose CRC was right, by name, size and time of change: an unchanged file is not read again at every start."""
+
+    def __init__(self, note: Path) -> None:
+        self._note = note
+        try:
+            self._known: dict[str, list[int]] = dict(json.loads(note.read_bytes())) if note.is_file() else {}
+        except ValueError:
+            self._known = {}
+
+    def __contains__(self, path: Path) -> bool:
+        return self._known.get(path.name) == _stamp(path)
+
+    def add(self, path: Path) -> None:
+        if path not in self:
+            self._known[path.name] = _stamp(path)
+            partial = self._note.with_suffix(".partial")
+            partial.write_text(json.dumps(self._known))
+            partial.replace(self._note)
+
+
+def _stamp(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_ino, found.st_size, found.st_mtime_ns]
+
+
+def _promised_crc(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2], 16)

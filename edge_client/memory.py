@@ -1,7 +1,9 @@
 """What this process holds in memory, as the kernel counts it."""
 
 import ctypes
+import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -27,3 +29,20 @@ def give_back_free_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
         if trim is not None:
             trim(0)
+
+
+def die_with_parent() -> None:
+    """This process is killed when the one that started it ends, however that ends; Linux alone can do this."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before the call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def offer_to_the_memory_killer() -> None:
+    """When the machine runs out of memory, the kernel shall end this process first: its loss is one failed attempt."""
+    score = Path("/proc/self/oom_score_adj")
+    if score.exists():
+        score.write_text("500")

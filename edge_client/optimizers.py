@@ -4,13 +4,12 @@ A step changes the parameters in place and leaves the gradient alone. It works t
 temporary values take some hundred KiB and stay in the processor's cache, however large the model is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import sqrt
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from lamina.plan import AdamW, OptimizerSettings
 from lamina.tensors import Float32
 
 _PIECE = 1 << 15
@@ -20,11 +19,12 @@ class Optimizer(Protocol):
     def step(self, parameters: Float32, gradient: Float32) -> None: ...
 
 
-def make_optimizer(settings: OptimizerSettings, count: int, learning_rate: float) -> Optimizer:
-    """A fresh optimiser for `count` parameters."""
-    if isinstance(settings, AdamW):
-        return AdamWOptimizer(count, learning_rate, settings.beta1, settings.beta2, settings.eps, settings.weight_decay)
-    return SGDOptimizer(count, learning_rate, settings.momentum, settings.weight_decay)
+def make_optimizer(settings: Mapping[str, Any], count: int, learning_rate: float) -> Optimizer:
+    """A fresh optimiser for `count` parameters; the settings are those of `lamina.plan.SGD` or `lamina.plan.AdamW`."""
+    values = {name: value for name, value in settings.items() if name != "kind"}
+    if settings["kind"] == "adamw":
+        return AdamWOptimizer(count, learning_rate, **values)
+    return SGDOptimizer(count, learning_rate, **values)
 
 
 class SGDOptimizer:

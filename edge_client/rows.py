@@ -6,12 +6,12 @@ its pressure.
 """
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.lib import format as npy
@@ -22,6 +22,16 @@ from lamina.errors import DataError
 from lamina.files import raise_if_full
 
 Indices = Sequence[int] | NDArray[np.int64]
+
+
+class RowSource(Protocol):
+    """Rows by number, from wherever they come."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Indices) -> Array:
+        """A new array of these rows, in this order."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,16 @@ class RowFile:
     The file is opened for each call, so there is nothing to close; that it is still the same file is checked each time.
     """
 
-    def __init__(self, path: Path, offset: int = 0, source: str = "") -> None:
+    def __init__(self, path: Path, offset: int = 0, source: str = "", identity: tuple[int, int, int] | None = None) -> None:
+        """Raises DataError for an array that is not readable, or if the file is not the one of the given identity."""
         self.source = source or str(path)
-        self._path = path
+        self.path, self.offset = path, offset
         with path.open("rb", buffering=0) as file:
+            self.identity = _identity(file)
+            if identity not in (None, self.identity):
+                raise DataError(f"{self.source}: {path} was changed while it was in use; start again")
             file.seek(offset)
             header = read_header(file, self.source)
-            self._identity = _identity(file)
             size = os.fstat(file.fileno()).st_size
         self.shape, self.dtype = header.shape, header.dtype
         if not self.shape:
@@ -91,10 +104,10 @@ class RowFile:
             yield start, rows
 
     def _open(self) -> FileIO:
-        file = self._path.open("rb", buffering=0)
-        if _identity(file) != self._identity:
+        file = self.path.open("rb", buffering=0)
+        if _identity(file) != self.identity:
             file.close()
-            raise DataError(f"{self.source}: {self._path} was changed while it was in use; start again")
+            raise DataError(f"{self.source}: {self.path} was changed while it was in use; start again")
         return file
 
     def _read(self, file: FileIO, rows: Array, first: int) -> None:
@@ -104,7 +117,7 @@ class RowFile:
         while view:
             count = os.preadv(file.fileno(), [view], position)
             if count == 0:
-                raise DataError(f"{self.source} ends in row {first}; {self._path} was changed while it was in use")
+                raise DataError(f"{self.source} ends in row {first}; {self.path} was changed while it was in use")
             view, position = view[count:], position + count
 
 
@@ -114,12 +127,15 @@ def _identity(file: FileIO) -> tuple[int, int, int]:
 
 
 class RowWriter:
-    """Writes an .npy file of `count` rows in order, and knows its sha256 at the end."""
+    """Writes an .npy file of `count` rows in order, and knows its CRC-32 at the end."""
 
     def __init__(self, path: Path, count: int) -> None:
         self.path, self._count, self._written = path, count, 0
-        self._digest = sha256()
-        self._file = path.open("wb")
+        self._crc = 0
+        self._file = self._open()
+
+    def _open(self) -> BinaryIO:
+        return self.path.open("wb")
 
     def append(self, rows: Array) -> None:
         try:
@@ -127,17 +143,17 @@ class RowWriter:
                 header = {"descr": npy.dtype_to_descr(rows.dtype), "fortran_order": False}
                 npy.write_array_header_1_0(self._file, {**header, "shape": (self._count, *rows.shape[1:])})  # type: ignore[no-untyped-call]
                 self._file.flush()
-                self._digest.update(self.path.read_bytes())
+                self._crc = zlib.crc32(self.path.read_bytes())
             data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
             self._file.write(data)
         except OSError as error:
             raise_if_full(error, self.path)
             raise
-        self._digest.update(data)
+        self._crc = zlib.crc32(data, self._crc)
         self._written += len(rows)
 
-    def finish(self) -> str:
-        """Closes the file and gives its sha256."""
+    def finish(self) -> int:
+        """Closes the file and gives its CRC-32."""
         if self._written != self._count:
             raise ValueError(f"{self.path} was promised {self._count} rows and got {self._written}")
         try:
@@ -145,8 +161,17 @@ class RowWriter:
         except OSError as error:
             raise_if_full(error, self.path)
             raise
-        return self._digest.hexdigest()
+        return self._crc
 
     def abandon(self) -> None:
         self._file.close()
         self.path.unlink(missing_ok=True)
+
+
+def file_crc(path: Path) -> int:
+    """CRC-32 of a file. It shows damage, not malice: what it guards was made on this device."""
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 18):
+            crc = zlib.crc32(piece, crc)
+    return crc

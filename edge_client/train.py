@@ -5,22 +5,20 @@ device that was killed in the middle of a round trains the same round again, to 
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
+from random import Random
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edge_client.job import Job
 from edge_client.optimizers import make_optimizer
 from edge_client.progress import Progress, Say
-from edge_client.rows import RowFile
-from edge_client.stage_model import StageModel
+from edge_client.rows import RowSource
+from edge_client.stage_model import Read, StageModel
 from lamina.errors import DataError
-from lamina.plan import Plan
-from lamina.wire import Evaluation
 
-Inputs = Mapping[str, RowFile]
+Inputs = Mapping[str, RowSource]
 """Rows by input name: a modality's raw data or cached features, and the label."""
 
 
@@ -33,62 +31,75 @@ class Trained:
     train_seconds: float
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    num_examples: int
+    correct: int
+    loss: float
+
+
 def train_round(
     model: StageModel,
-    inputs: Inputs,
-    plan: Plan,
-    stage: int,
-    round: int,
-    device: str,
+    views: Sequence[Inputs],
+    job: Job,
     say: Say,
     on_batch: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Trained:
-    """Trains the model's parameters in place. Raises DataError if the device has too few examples for one batch."""
+    """Trains the model's parameters in place. Raises DataError if the device has too few examples for one batch.
+
+    `views` are the versions of the inputs; the epochs of the stage take them in turn.
+    """
     started = clock()
-    settings = plan.training
-    optimizer = make_optimizer(settings.optimizer, model.parameters.size, plan.stages[stage].learning_rate)
-    order = shuffler(plan.seed, stage, round, device)
-    examples = min(len(rows) for rows in inputs.values())
-    progress = Progress(say, f"stage {stage}, round {round}, examples", examples * settings.local_epochs)
+    optimizer = make_optimizer(job.optimizer, model.parameters.size, job.learning_rate)
+    order = shuffler(job)
+    progress = Progress(say, f"{job.where}, examples", job.examples * job.local_epochs)
     total, seen = 0.0, 0
-    for _ in range(settings.local_epochs):
-        for indices in batches(order.permutation(examples), settings.batch_size, plan):
-            model.gradient.fill(0)
-            loss, _ = model.gradients({name: rows.take(indices) for name, rows in inputs.items()})
+    for epoch in range(job.local_epochs):
+        read = reader(views[(job.round * job.local_epochs + epoch) % len(views)])
+        for indices in batches(shuffled(job.examples, order), job):
+            loss, _ = model.gradients(read, indices)
             optimizer.step(model.parameters, model.gradient)
             total, seen = total + loss * len(indices), seen + len(indices)
             progress.at(seen)
             on_batch()
     if not seen:
-        raise DataError(f"{examples} training example is too few: the contrastive objective needs at least 2")
-    return Trained(examples, total / seen, clock() - started)
+        raise DataError(f"{job.examples} training example is too few: the contrastive objective needs at least 2")
+    return Trained(job.examples, total / seen, clock() - started)
 
 
-def evaluate(
-    model: StageModel, inputs: Inputs, plan: Plan, say: Say, on_batch: Callable[[], None] = lambda: None
-) -> Evaluation:
+def evaluate(model: StageModel, inputs: Inputs, job: Job, say: Say, on_batch: Callable[[], None] = lambda: None) -> Evaluated:
     """The model on these rows in their own order; no rows give an evaluation of 0 examples."""
-    examples = min((len(rows) for rows in inputs.values()), default=0)
-    progress = Progress(say, "evaluation, examples", examples)
+    progress = Progress(say, "evaluation, examples", job.examples)
+    read = reader(inputs)
     total, seen, right = 0.0, 0, 0
-    for indices in batches(np.arange(examples), plan.training.batch_size, plan):
-        loss, correct = model.evaluate({name: rows.take(indices) for name, rows in inputs.items()})
+    for indices in batches(range(job.examples), job):
+        loss, correct = model.evaluate(read, indices)
         total, seen, right = total + loss * len(indices), seen + len(indices), right + correct
         progress.at(seen)
         on_batch()
-    return Evaluation(num_examples=seen, correct=right, loss=total / seen if seen else 0.0)
+    return Evaluated(num_examples=seen, correct=right, loss=total / seen if seen else 0.0)
 
 
-def batches(order: NDArray[np.int64], size: int, plan: Plan) -> Iterator[NDArray[np.int64]]:
-    """Pieces of `size`, the last one shorter; a contrastive batch of 1 has nothing to tell apart and is left out."""
-    smallest = 2 if plan.model.objective.kind == "contrastive" else 1
-    for start in range(0, len(order), size):
-        piece = order[start : start + size]
+def reader(inputs: Inputs) -> Read:
+    return lambda indices: {name: np.ascontiguousarray(rows.take(indices)) for name, rows in inputs.items()}
+
+
+def batches(order: Sequence[int], job: Job) -> Iterator[Sequence[int]]:
+    """Pieces of the batch size, the last one shorter; a contrastive batch of 1 has nothing to tell apart and is left out."""
+    smallest = 2 if job.objective == "contrastive" else 1
+    for start in range(0, len(order), job.batch_size):
+        piece = order[start : start + job.batch_size]
         if len(piece) >= smallest:
             yield piece
 
 
-def shuffler(seed: int, stage: int, round: int, device: str) -> np.random.Generator:
-    key = sha256(f"{seed}/{stage}/{round}/{device}".encode()).digest()[:16]
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+def shuffler(job: Job) -> Random:
+    # Python's own generator: numpy's would cost a device 6 MiB of imports.
+    return Random(f"{job.seed}/{job.stage}/{job.round}/{job.device}")
+
+
+def shuffled(count: int, order: Random) -> list[int]:
+    indices = list(range(count))
+    order.shuffle(indices)
+    return indices

@@ -7,7 +7,7 @@ code against a function or against the coordinator in its own process.
 import random
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,8 @@ from pydantic import ValidationError
 
 from edge_client.light_imports import hidden
 from edge_client.progress import Progress, Say, say
+from lamina.bundle import hash_file
+from lamina.compression import Compression
 from lamina.errors import (
     ConfigError,
     HashMismatchError,
@@ -51,6 +53,7 @@ T = TypeVar("T")
 _BUSY = (429, 502, 503, 504, 507)
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 60.0
+_PIECE_BYTES = 1 << 18
 
 
 class _BusyError(Exception):
@@ -117,8 +120,19 @@ class Transport:
         except ValidationError as error:
             raise ProtocolError(f"the coordinator's answer to a check-in is not understood: {error}") from error
 
-    def put_update(self, run: str, stage: int, round: int, body: bytes, report: TrainReport) -> Accepted:
+    def put_update(
+        self,
+        run: str,
+        stage: int,
+        round: int,
+        body: bytes | Path,
+        report: TrainReport,
+        compression: Compression = "none",
+    ) -> Accepted:
+        """Sends an update: `body` is what travels, already compressed as `compression` says. A file is read in pieces."""
         headers = {REPORT_HEADER: report.model_dump_json(), "Content-Type": "application/octet-stream"}
+        if compression != "none":
+            headers["Content-Encoding"] = compression
         path = f"/v1/runs/{run}/stages/{stage}/rounds/{round}/update"
         return _parse(Accepted, self._send("upload of the update", "PUT", path, body, headers))
 
@@ -176,19 +190,31 @@ class Transport:
         self._retry(f"blob {digest[:12]}", attempt)
 
     def _send(
-        self, what: str, method: str, path: str, body: bytes, headers: dict[str, str] | None = None, token: str | None = None
+        self,
+        what: str,
+        method: str,
+        path: str,
+        body: bytes | Path,
+        headers: dict[str, str] | None = None,
+        token: str | None = None,
     ) -> httpx.Response:
-        digest = b64encode(sha256(body).digest()).decode()
+        if isinstance(body, Path):
+            digest, length = bytes.fromhex(hash_file(body)), body.stat().st_size
+        else:
+            digest, length = sha256(body).digest(), len(body)
         everything = {
             "Authorization": f"Bearer {self.token if token is None else token}",
             "Content-Type": "application/json",
-            DIGEST_HEADER: f"sha-256=:{digest}:",
+            "Content-Length": str(length),
+            DIGEST_HEADER: f"sha-256=:{b64encode(digest).decode()}:",
             **(headers or {}),
         }
 
         def attempt(patience: "_Patience") -> httpx.Response:
-            self.bytes_up += len(body)
-            response = self._http.request(method, path, content=body, headers=everything)
+            self.bytes_up += length
+            # A file is opened anew for each attempt.
+            content = _pieces(body) if isinstance(body, Path) else body
+            response = self._http.request(method, path, content=content, headers=everything)
             self._check(response)
             self._count_down(len(response.content))
             return response
@@ -256,6 +282,12 @@ class _Patience:
             ) from error
         self._say(f"{self._what}: {self._url} does not answer ({reason}); next try in {pause:.1f} s, giving up in {left:.0f} s")
         self._sleep(pause)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            yield piece
 
 
 def _retry_after_seconds(response: httpx.Response) -> float:

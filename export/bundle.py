@@ -2,50 +2,42 @@
 
     cut (cut.py) -> trace (trace.py) -> joint graph (joint.py) -> lower (worker.py, lower_*.py) -> parity -> pack (here)
 
-Equal graphs are lowered once: the layer-wise stages after the first share their programs, and so do frozen layers.
+`programs.py` climbs it for every program that the stages need. Equal graphs are lowered once: the layer-wise stages after
+the first share their programs, and so do frozen layers.
 """
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-from torch import nn
-from torch.export import ExportedProgram
+from torch import Tensor, nn
 
-from export import lower_executorch, lower_onnx, lower_torch
-from export.cache import ProgramCache, default_cache, program_key
-from export.cost import TRAINING_FACTOR, forward_macs, peak_live_bytes, planned_bytes
+from export.cache import ProgramCache, default_cache
+from export.cost import TRAINING_FACTOR, embedding_bytes, forward_macs, planned_bytes
 from export.cut import StageCut, cut_stage, describe_segment, example_inputs, features, find_segments, raw_input
-from export.joint import joint_graph
 from export.models import build_model
-from export.parity import check_parity
-from export.trace import EXAMPLE_BATCH, Arrays, forward_graph, graph_text
-from export.worker import LoweredProgram, lowering_pool
+from export.prefix_errors import RANDOM_INPUTS, measure_prefix, random_sample, read_sample
+from export.programs import Keys, ProgramSet, needs_embeddings
+from export.worker import lowering_pool
 from lamina import __version__
-from lamina.bundle import BLOBS, MANIFEST, blob_path
+from lamina.bundle import BLOBS, MANIFEST, blob_path, hash_file
 from lamina.errors import ConfigError, ExportError
 from lamina.files import write_durably
-from lamina.manifest import ENGINES, EngineName, Manifest, Program, Role, StageCost, StagePrograms
+from lamina.manifest import ENGINES, EngineName, Manifest, StageCost, StagePrograms
 from lamina.plan import Plan, Stage
 from lamina.segments import TensorSpec
-from lamina.tensors import encode, hash_bytes
+from lamina.tensors import Encoding, encode, hash_bytes
 
 OnProgress = Callable[[str, int, int], None]
-FROZEN_INPUT = "x"
 
-# What the bytes of a program depend on, besides the graph: packages by engine, and our own lowering.
+# What the bytes of a program depend on, besides the graph and our own lowering.
 _PACKAGES: dict[EngineName, tuple[str, ...]] = {
     "executorch": ("torch", "executorch"),
     "onnxruntime": ("torch", "onnx", "onnxscript"),
     "torch": ("torch",),
-}
-_FORMATS: dict[EngineName, int] = {
-    "executorch": lower_executorch.FORMAT,
-    "onnxruntime": lower_onnx.FORMAT,
-    "torch": lower_torch.FORMAT,
 }
 
 
@@ -58,6 +50,7 @@ def export_bundle(
     on_progress: OnProgress = lambda phase, done, total: None,
     workers: int | None = None,
     cache: Path | None = None,
+    sample: Path | None = None,
 ) -> Manifest:
     """Writes `manifest.json` and `blobs/` into the folder, and returns the manifest.
 
@@ -66,12 +59,18 @@ def export_bundle(
     `lower`. At most `workers` processes lower at the same time (default: one per core). `cache` holds lowered programs
     (default: `$LAMINA_CACHE` or `~/.cache/lamina/programs`).
 
-    The same plan and versions give the same bundle. Raises ConfigError for a folder that holds anything else, CutError for
-    a model that cannot be cut, and ParityError for a program that computes something else than the model.
+    The error of an int8 prefix is measured on the first 64 training examples of `sample`, an .npz as devices have it, or else
+    on random inputs; and on the weights of this bundle, that is before training. It tells whether a model bears int8 at all;
+    for the error of trained weights, export again with `model`. Without an int8 prefix, `sample` changes nothing.
+
+    The same plan, versions and sample give the same bundle. Raises ConfigError for a folder that holds anything else,
+    DataError for a sample that the model cannot take, CutError for a model that cannot be cut, and ParityError for a program
+    that computes something else than the model.
     """
     if not engines or len(set(engines)) != len(engines) or not set(engines) <= set(ENGINES):
         raise ConfigError(f"engines must be one or more of {', '.join(ENGINES)}, each once; given {list(engines)}")
     versions = {engine: _versions(engine) for engine in engines}
+    measured_on = _measured_on(plan, sample)
     model = build_model(plan.model, plan.seed) if model is None else model
     segments = find_segments(model, plan.model)
     weights = {
@@ -81,62 +80,59 @@ def export_bundle(
     initial = {name: hash_bytes(data) for name, data in weights.items()}
     _check_folder(folder, plan, initial)
 
-    lowering = _Lowering(plan, versions, ProgramCache(cache or default_cache()), on_progress)
-    steps = len(plan.stages) + len(_frozen_segments(plan))
-    cuts: list[StageCut] = []
-    chosen: list[dict[Role, dict[EngineName, str]]] = []
+    cuts = [cut_stage(segments, plan.model, stage, until_embeddings=needs_embeddings(plan)) for stage in plan.stages]
+    chosen: list[_StageKeys] = []
     frozen: dict[EngineName, dict[str, str]] = {engine: {} for engine in engines}
+    loss: Keys = {}
+    steps = len(plan.stages) + len(_frozen_segments(plan))
     with lowering_pool(workers or os.cpu_count() or 1) as start:
+        programs = ProgramSet(plan, versions, ProgramCache(cache or default_cache()), start)
         on_progress("trace", 0, steps)
-        for stage in plan.stages:
-            cuts.append(cut_stage(segments, plan.model, stage))
-            chosen.append(lowering.add_stage(start, stage, cuts[-1]))
+        for stage, cut in zip(plan.stages, cuts, strict=True):
+            chosen.append(_StageKeys(*programs.add_stage(stage, cut)))
             on_progress("trace", stage.index + 1, steps)
         for done, name in enumerate(_frozen_segments(plan), start=len(plan.stages) + 1):
-            for engine, key in lowering.add_frozen(start, name, segments[name]).items():
+            for engine, key in programs.add_frozen(name, segments[name]).items():
                 frozen[engine][name] = key
             on_progress("trace", done, steps)
-        programs = lowering.finish()
+        if needs_embeddings(plan):
+            loss = programs.add_loss()
+        programs.finish(lambda done, total: on_progress("lower", done, total))
 
-    address = {key: hash_bytes(lowered.data) for key, lowered in programs.items()}
-    blobs = {hash_bytes(data): data for data in (*weights.values(), *(lowered.data for lowered in programs.values()))}
+    lowered = programs.lowered
+    errors = {}
+    for engine, chain in frozen.items():
+        files = {name: lowered[key].data for name, key in chain.items()}
+        if measured_on and (found := measure_prefix(plan, segments, engine, files, measured_on)):
+            errors[engine] = found
+    address = {key: hash_bytes(program.data) for key, program in lowered.items()}
+    blobs = {hash_bytes(data): data for data in (*weights.values(), *(program.data for program in lowered.values()))}
     downloaded: dict[EngineName, set[str]] = {engine: set() for engine in engines}
     stages = []
     for stage, cut, keys in zip(plan.stages, cuts, chosen, strict=True):
-        count = sum(spec.count for spec in cut.weights)
-        planned = {
-            engine: planned_bytes(count, plan.training.optimizer, lowering.activation_bytes(key, programs[key]))
-            for engine, key in keys["train"].items()
-        }
-        new = {}
+        new: dict[EngineName, int] = {}
         for engine in engines:
-            used = {keys["train"][engine], keys["eval"][engine], *(frozen[engine][name] for name in stage.frozen)}
-            new[engine] = sum(len(programs[key].data) for key in used - downloaded[engine])
+            used = {keys.train[engine], keys.eval[engine], *(frozen[engine][name] for name in stage.frozen)}
+            used |= {loss[engine]} if loss else set()
+            new[engine] = sum(len(lowered[key].data) for key in used - downloaded[engine])
             downloaded[engine] |= used
         stages.append(
             StagePrograms(
                 index=stage.index,
-                train={engine: address[key] for engine, key in keys["train"].items()},
-                eval={engine: address[key] for engine, key in keys["eval"].items()},
-                cost=StageCost(
-                    active_parameters=count,
-                    frozen_parameters=sum(value.numel() for name in stage.frozen for value in segments[name].parameters()),
-                    flops_per_sample=TRAINING_FACTOR * forward_macs(cut.module, example_inputs(plan.model, cut.inputs, 1)),
-                    prefix_flops_per_sample=_prefix_macs(plan, stage, segments),
-                    planned_bytes=planned,
-                    round_bytes_down=sum(len(weights[name]) for name in stage.active),
-                    round_bytes_up=len(_update_file(cut, plan)),
-                    program_bytes=new,
-                    frozen_bytes=sum(len(weights[name]) for name in stage.frozen),
-                ),
+                train={engine: address[key] for engine, key in keys.train.items()},
+                eval={engine: address[key] for engine, key in keys.eval.items()},
+                cost=_stage_cost(plan, stage, cut, segments, programs, keys, loss, new),
             )
         )
     manifest = Manifest(
         plan=plan,
         segments=tuple(describe_segment(name, module, plan.model) for name, module in segments.items()),
         initial_weights=initial,
-        programs={address[key]: lowering.describe(key, address[key], lowered) for key, lowered in programs.items()},
+        programs={address[key]: programs.describe(key, address[key]) for key in lowered},
         frozen_programs={engine: {name: address[key] for name, key in chain.items()} for engine, chain in frozen.items()},
+        loss_programs={engine: address[key] for engine, key in loss.items()},
+        prefix_errors=errors,
+        prefix_errors_on=(hash_file(sample) if sample else RANDOM_INPUTS) if errors else "",
         stages=tuple(stages),
         blobs={digest: len(data) for digest, data in sorted(blobs.items())},
         versions={"lamina": __version__} | {name: number for found in versions.values() for name, number in found.items()},
@@ -148,118 +144,52 @@ def export_bundle(
     return manifest
 
 
-Start = Callable[[EngineName, ExportedProgram], Callable[[], LoweredProgram]]
+@dataclass(frozen=True)
+class _StageKeys:
+    """Keys of the programs that a stage trains and evaluates with, by engine."""
+
+    train: Keys
+    eval: Keys
 
 
-@dataclass
-class _Wanted:
-    """A program that the bundle needs. `lowered` waits for its bytes."""
+def _stage_cost(
+    plan: Plan,
+    stage: Stage,
+    cut: StageCut,
+    segments: Mapping[str, nn.Module],
+    programs: ProgramSet,
+    keys: _StageKeys,
+    loss: Keys,
+    program_bytes: dict[EngineName, int],
+) -> StageCost:
+    count = sum(spec.count for spec in cut.weights)
+    down, up = plan.training.download_encoding, plan.training.upload_encoding
+    planned = {}
+    for engine, key in keys.train.items():
+        peaks = [programs.activation_bytes(key)]
+        if loss:
+            peaks += [programs.activation_bytes(keys.eval[engine]), programs.activation_bytes(loss[engine])]
+        # A device keeps the programs of a step loaded. ExecuTorch gives each its own arena; the others share one.
+        at_once = (sum(peaks) if engine == "executorch" else max(peaks)) + (embedding_bytes(plan) if loss else 0)
+        planned[engine] = planned_bytes(count, plan.training.optimizer, at_once)
+    return StageCost(
+        active_parameters=count,
+        frozen_parameters=sum(value.numel() for name in stage.frozen for value in segments[name].parameters()),
+        flops_per_sample=TRAINING_FACTOR * forward_macs(cut.module, example_inputs(plan.model, cut.inputs, 1)),
+        prefix_flops_per_sample=_prefix_macs(plan, stage, segments),
+        planned_bytes=planned,
+        round_bytes_down=sum(_segment_bytes(name, segments[name], plan, down) for name in stage.active),
+        round_bytes_up=_file_bytes(cut.weights, up),
+        program_bytes=program_bytes,
+        frozen_bytes=sum(_segment_bytes(name, segments[name], plan, down) for name in stage.frozen),
+    )
 
-    engine: EngineName
-    role: Role
-    name: str
-    graph: ExportedProgram  # of the values between inputs and outputs: for torch the joint graph, whatever the file holds
-    module: nn.Module
-    inputs: tuple[TensorSpec, ...]
-    example: Arrays
-    lowered: Callable[[], LoweredProgram]
-    is_new: bool
 
-
-@dataclass
-class _Lowering:
-    """Collects the programs of a bundle by cache key: a graph that was seen before is neither lowered nor checked again."""
-
-    plan: Plan
-    versions: dict[EngineName, dict[str, str]]
-    cache: ProgramCache
-    on_progress: OnProgress
-    wanted: dict[str, _Wanted] = field(default_factory=dict)
-    joint_of: dict[str, ExportedProgram] = field(default_factory=dict)  # by the text of the forward graph it is made from
-
-    @property
-    def max_batch(self) -> int:
-        return self.plan.training.batch_size
-
-    def add_stage(self, start: Start, stage: Stage, cut: StageCut) -> dict[Role, dict[EngineName, str]]:
-        """Keys of the stage's training and evaluation programs, by engine."""
-        example = example_inputs(self.plan.model, cut.inputs, EXAMPLE_BATCH)
-        forward = forward_graph(cut.module, example, self.max_batch)
-        text = graph_text(forward)
-        if text not in self.joint_of:
-            names = [spec.name for spec in cut.weights]
-            self.joint_of[text] = joint_graph(forward, cut.module, names, example, self.max_batch)
-        joint = self.joint_of[text]
-        keys: dict[Role, dict[EngineName, str]] = {"train": {}, "eval": {}}
-        for engine in self.versions:
-            for role, file_graph, graph in (
-                ("train", forward if engine == "torch" else joint, joint),
-                ("eval", forward, forward),
-            ):
-                name = f"the {role} program of stage {stage.index}"
-                keys[role][engine] = self._add(start, engine, role, name, file_graph, graph, cut.module, cut.inputs, example)
-        return keys
-
-    def add_frozen(self, start: Start, name: str, module: nn.Module) -> dict[EngineName, str]:
-        """Keys of the program of one frozen segment, by engine."""
-        encoder = self.plan.model.encoder(name.split(".")[0])
-        spec = raw_input(encoder) if name.endswith(".stem") else features(encoder)
-        example = example_inputs(self.plan.model, (spec,), EXAMPLE_BATCH)
-        graph = forward_graph(module, example, self.max_batch)
-        # Equal layers of two modalities are one program, so its input is named for neither.
-        inputs = (spec.model_copy(update={"name": FROZEN_INPUT}),)
-        label = f"the frozen program of {name}"
-        return {
-            engine: self._add(start, engine, "frozen", label, graph, graph, module, inputs, example) for engine in self.versions
-        }
-
-    def finish(self) -> dict[str, LoweredProgram]:
-        """Waits for every program, checks the new ones against eager PyTorch, and stores them in the cache."""
-        done: dict[str, LoweredProgram] = {}
-        self.on_progress("lower", 0, len(self.wanted))
-        for key, wanted in self.wanted.items():
-            done[key] = wanted.lowered()
-            if wanted.is_new:
-                check_parity(done[key].data, wanted.engine, wanted.role, wanted.name, wanted.module, wanted.example)
-                self.cache.put(key, done[key])
-            self.on_progress("lower", len(done), len(self.wanted))
-        return done
-
-    def activation_bytes(self, key: str, lowered: LoweredProgram) -> int:
-        if lowered.arena_bytes is not None:
-            return lowered.arena_bytes
-        return peak_live_bytes(self.wanted[key].graph, self.max_batch)
-
-    def describe(self, key: str, blob: str, lowered: LoweredProgram) -> Program:
-        wanted = self.wanted[key]
-        return Program(
-            engine=wanted.engine,
-            role=wanted.role,
-            blob=blob,
-            weights=tuple(tuple(value.shape) for value in wanted.module.parameters()),
-            inputs=wanted.inputs,
-            max_batch=self.max_batch,
-            activation_bytes=self.activation_bytes(key, lowered),
-        )
-
-    def _add(
-        self,
-        start: Start,
-        engine: EngineName,
-        role: Role,
-        name: str,
-        file_graph: ExportedProgram,
-        graph: ExportedProgram,
-        module: nn.Module,
-        inputs: tuple[TensorSpec, ...],
-        example: Arrays,
-    ) -> str:
-        key = program_key(graph_text(file_graph), engine, self.versions[engine] | {"format": str(_FORMATS[engine])})
-        if key not in self.wanted:
-            known = self.cache.get(key)
-            lowered = start(engine, file_graph) if known is None else lambda: known
-            self.wanted[key] = _Wanted(engine, role, name, graph, module, inputs, example, lowered, known is None)
-        return key
+def _measured_on(plan: Plan, sample: Path | None) -> dict[str, Tensor]:
+    """Raw inputs to measure an int8 prefix on; empty where there is none."""
+    if plan.training.prefix_precision == "fp32" or not _frozen_segments(plan):
+        return {}
+    return random_sample(plan) if sample is None else read_sample(sample, plan)
 
 
 def _frozen_segments(plan: Plan) -> list[str]:
@@ -267,7 +197,7 @@ def _frozen_segments(plan: Plan) -> list[str]:
     return list(dict.fromkeys(name for stage in plan.stages for name in stage.frozen))
 
 
-def _prefix_macs(plan: Plan, stage: Stage, segments: dict[str, nn.Module]) -> int:
+def _prefix_macs(plan: Plan, stage: Stage, segments: Mapping[str, nn.Module]) -> int:
     total = 0
     for encoder in plan.model.encoders:
         for name in stage.frozen_chain(plan.model, encoder.modality):
@@ -276,10 +206,13 @@ def _prefix_macs(plan: Plan, stage: Stage, segments: dict[str, nn.Module]) -> in
     return total
 
 
-def _update_file(cut: StageCut, plan: Plan) -> bytes:
-    """An update as a device sends it; its size depends on the shapes alone."""
-    zeros = {spec.name: np.zeros(spec.shape, np.float32) for spec in cut.weights}
-    return encode(zeros, plan.training.upload_encoding)
+def _segment_bytes(name: str, module: nn.Module, plan: Plan, encoding: Encoding) -> int:
+    return _file_bytes(describe_segment(name, module, plan.model).tensors, encoding)
+
+
+def _file_bytes(specs: Iterable[TensorSpec], encoding: Encoding) -> int:
+    """Bytes of a tensor file; its size depends on the shapes alone."""
+    return len(encode({spec.name: np.zeros(spec.shape, np.float32) for spec in specs}, encoding))
 
 
 def _versions(engine: EngineName) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from lamina.plan import SGD, OptimizerSettings
+from lamina.plan import SGD, OptimizerSettings, Plan
 
 TRAINING_FACTOR = 3
 
@@ -35,8 +35,13 @@ def moments_per_parameter(optimizer: OptimizerSettings) -> int:
 
 
 def planned_bytes(parameters: int, optimizer: OptimizerSettings, activation_bytes: int) -> int:
-    """Weights, gradients and moments as float32, and the values between them for one batch."""
+    """Weights, gradients and moments as float32, and the values between them for one micro-batch."""
     return 4 * parameters * (2 + moments_per_parameter(optimizer)) + activation_bytes
+
+
+def embedding_bytes(plan: Plan) -> int:
+    """The embeddings of a whole batch, or their gradients, which take their place: all modalities, float32."""
+    return 4 * plan.training.batch_size * plan.model.projection.output * len(plan.model.modalities)
 
 
 def peak_live_bytes(program: ExportedProgram, batch: int) -> int:
@@ -76,8 +81,15 @@ def _is_view(node: Node) -> bool:
         return False
     if getattr(node.target, "__name__", "") == "getitem" or node.target is torch.ops.aten._unsafe_view.default:
         return True
+    if _dtype(node) != _dtype(node.all_input_nodes[0]):
+        return False  # `.to()` gives its input back only if there is nothing to convert
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(value.alias_info is not None for value in schema.returns)
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else None
 
 
 def _bytes(value: Any, batch: int) -> int:

@@ -73,8 +73,8 @@ def describe_segment(name: str, module: nn.Module, description: ModelDescription
 class StageCut:
     """The active part of a stage.
 
-    `module(*inputs)` gives (loss, correct). `weights` names its parameters `segment/tensor`, in the order of
-    `module.parameters()`; `inputs` are its batch inputs without the batch axis.
+    `module(*inputs)` gives (loss, correct), or one embedding (batch, output) for each modality. `weights` names its
+    parameters `segment/tensor`, in the order of `module.parameters()`; `inputs` are its batch inputs without the batch axis.
     """
 
     module: nn.Module
@@ -82,9 +82,12 @@ class StageCut:
     inputs: tuple[TensorSpec, ...]
 
 
-def cut_stage(segments: Segments, description: ModelDescription, stage: Stage) -> StageCut:
-    """The cut module of a stage: a copy of the active segments; the given model stays as it is."""
-    module = _StageModule(segments, description, stage)
+def cut_stage(segments: Segments, description: ModelDescription, stage: Stage, *, until_embeddings: bool = False) -> StageCut:
+    """The cut module of a stage: a copy of the active segments; the given model stays as it is.
+
+    `until_embeddings` leaves out the objective, which must be one without a head and labels of its own.
+    """
+    module = _StageModule(segments, description, stage, until_embeddings)
     weights = tuple(
         TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
         for name in stage.active
@@ -111,6 +114,11 @@ def features(encoder: Encoder) -> TensorSpec:
     return TensorSpec(name=encoder.modality, shape=(encoder.input.tokens, encoder.width))
 
 
+def embedding(description: ModelDescription, modality: str) -> TensorSpec:
+    """What the projection gives; it is not normalised, the contrastive loss does that."""
+    return TensorSpec(name=modality, shape=(description.projection.output,))
+
+
 def example_inputs(
     description: ModelDescription, specs: tuple[TensorSpec, ...], batch: int, seed: int = 0
 ) -> tuple[Tensor, ...]:
@@ -130,8 +138,9 @@ class _StageModule(nn.Module):
     """The active segments as `parts.0`, `parts.1`, ...: the names must not tell which layer of the model it is, so that
     stages of equal shape give the same graph."""
 
-    def __init__(self, segments: Segments, description: ModelDescription, stage: Stage) -> None:
+    def __init__(self, segments: Segments, description: ModelDescription, stage: Stage, until_embeddings: bool) -> None:
         super().__init__()
+        self.until_embeddings = until_embeddings
         self.parts = nn.ModuleList(deepcopy(segments[name]).train().requires_grad_(True) for name in stage.active)
         position = {name: index for index, name in enumerate(stage.active)}
         self.routes = [
@@ -144,12 +153,14 @@ class _StageModule(nn.Module):
         self.head = position.get(HEAD)
         self.objective = description.objective
 
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         embeddings = []
         for x, (chain, (norm_at, projection_at)) in zip(inputs, self.routes, strict=False):
             for index in chain:
                 x = self.parts[index](x)
             embeddings.append(self.parts[projection_at](self.parts[norm_at](x).mean(dim=1)))
+        if self.until_embeddings:
+            return tuple(embeddings)
         if self.head is None:
             return apply_objective(self.objective, None, embeddings, None)
         return apply_objective(self.objective, self.parts[self.head], embeddings, inputs[-1])
@@ -217,8 +228,12 @@ def _check_shapes(segments: Segments, description: ModelDescription) -> None:
                         "(batch, tokens, width) after the stem, every layer and the norm; a layer must keep both"
                     )
             z = _run(projection(encoder.modality), segments[projection(encoder.modality)], x.mean(dim=1))
-        if z.ndim != 2 or len(z) != batch:
-            raise CutError(f"{projection(encoder.modality)} gives shape {tuple(z.shape)}, expected (batch, output)")
+        promised = (batch, description.projection.output)
+        if tuple(z.shape) != promised:
+            raise CutError(
+                f"{projection(encoder.modality)} gives shape {tuple(z.shape)} for {batch} samples, but the description "
+                f"promises {promised} (batch, output); make the two agree"
+            )
 
 
 def _run(name: str, module: nn.Module, x: Tensor) -> Tensor:

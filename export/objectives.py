@@ -25,6 +25,17 @@ def contrastive(temperature: float, a: Tensor, b: Tensor) -> tuple[Tensor, Tenso
     return loss, (similarity.argmax(dim=-1) == target).sum().detach()
 
 
+class ContrastiveLoss(nn.Module):
+    """The contrastive objective as a module without weights: two embeddings (batch, output) -> (loss, correct)."""
+
+    def __init__(self, objective: Contrastive) -> None:
+        super().__init__()
+        self.temperature = objective.temperature
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return contrastive(self.temperature, a, b)
+
+
 def apply_objective(
     objective: Supervised | Contrastive, head: nn.Module | None, embeddings: list[Tensor], label: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,11 @@ _KEPT_META = ("val", "tensor_meta")  # the rest are stack traces and module path
 Arrays = tuple[Tensor, ...]
 
 
+def example_batch(max_batch: int) -> int:
+    """How many samples the example inputs of a graph have."""
+    return min(EXAMPLE_BATCH, max_batch)
+
+
 def forward_graph(module: nn.Module, example: Arrays, max_batch: int) -> ExportedProgram:
     """The graph of `module(*inputs)` as a function of (weights, inputs), weights in the order of `named_parameters()`."""
     names = [name for name, _ in module.named_parameters()]
@@ -41,13 +46,17 @@ def forward_graph(module: nn.Module, example: Arrays, max_batch: int) -> Exporte
 def trace_function(
     function: Callable[[Arrays, Arrays], Any], weights: Arrays, example: Arrays, max_batch: int
 ) -> ExportedProgram:
-    """Exports a function of (weights, inputs); every input has a leading batch axis of 1..max_batch."""
+    """Exports a function of (weights, inputs); every input has a leading batch axis of 1..max_batch.
+
+    A batch that is always 1 is traced as a size like any other: torch has no symbol for an axis that cannot vary.
+    """
     batch = traced_batch(max_batch)
-    shapes = (tuple(None for _ in weights), tuple({0: batch} for _ in example))
+    shapes = (tuple(None for _ in weights), tuple({0: batch} for _ in example)) if max_batch > 1 else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own internals
         program = torch.export.export(_Function(function), (weights, example), dynamic_shapes=shapes)
-    allow_batches(program, max_batch)
+    if max_batch > 1:
+        allow_batches(program, max_batch)
     _strip(program)
     _refuse_state(program)
     return program

@@ -133,3 +133,8 @@ def all_errors() -> dict[str, type[LaminaError]]:
         found[error.code] = error
         queue.extend(error.__subclasses__())
     return found
+
+
+def shown(error: LaminaError) -> str:
+    """What a command prints when it ends with this error."""
+    return f"error [{error.code}]: {error.message}\n(what this means and how to mend it: docs/errors.md, {error.code!r})\n"

@@ -3,7 +3,6 @@
 import errno
 import os
 from pathlib import Path
-from uuid import uuid4
 
 from lamina.errors import DiskFullError
 
@@ -17,7 +16,7 @@ def write_durably(path: Path, data: bytes, mode: int = 0o644) -> None:
     Raises DiskFullError, and leaves nothing behind, if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    partial = path.with_name(f".{path.name}.{os.urandom(16).hex()}.partial")
     try:
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)

@@ -2,32 +2,55 @@
 
 A program is a pure function without weights inside:
 
-    train    (weights..., batch inputs...) -> loss, correct, gradient of the loss for each weight
-    eval     (weights..., batch inputs...) -> loss, correct
-    frozen   (weights..., one batch input) -> features
+    train     (weights..., batch inputs...) -> loss, correct, gradient of the loss for each weight
+    eval      (weights..., batch inputs...) -> loss, correct
+    frozen    (weights..., one batch input) -> features
 
 `weights` are the tensors of the stage's active segments (train, eval) or of one segment (frozen), in exchange order.
+
+A contrastive loss joins the samples of a batch, so micro-batches need the exact gradient in three steps: embed all
+micro-batches, differentiate the loss of the whole batch with respect to the embeddings, send that back through each
+micro-batch. Where the plan asks for it, a stage's `train` is then a `backward` program and its `eval` an `embed` program:
+
+    embed     (weights..., batch inputs...) -> one embedding (batch, output) for each modality
+    loss      (embeddings of the whole batch...) -> loss, correct, gradient of the loss for each embedding
+    backward  (weights..., batch inputs..., gradients of the embeddings...) -> gradient for each weight
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lamina.names import ENGINES, LABEL, EngineName, Precision, Role, gradient_input
 from lamina.plan import Plan
 from lamina.record import Record
 from lamina.segments import Segment, TensorSpec, segment_names
 from lamina.tensors import hash_bytes
 
-EngineName = Literal["executorch", "onnxruntime", "torch"]
-ENGINES: tuple[EngineName, ...] = ("executorch", "onnxruntime", "torch")
-Role = Literal["train", "eval", "frozen"]
+__all__ = [
+    "ENGINES",
+    "LABEL",
+    "EngineName",
+    "Manifest",
+    "Precision",
+    "Program",
+    "Role",
+    "Sha256",
+    "StageCost",
+    "StagePrograms",
+    "gradient_input",
+]
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
-LABEL = "label"  # the batch input that holds int64 classes; the other inputs are named by modality
 
 
 class Program(Record):
-    """One graph file. `inputs` have shapes without the batch axis, which may be 1..max_batch."""
+    """One graph file. `inputs` have shapes without the batch axis, which may be 1..max_batch.
+
+    `weights` are the shapes of the float32 weights. With precision `int8`, each of them that has two axes is an int8 matrix
+    followed by one float32 scale for each row: weight = scale * int8 (`lamina.quantize`).
+    """
 
     engine: EngineName
     role: Role
@@ -35,6 +58,7 @@ class Program(Record):
     weights: tuple[tuple[int, ...], ...]
     inputs: tuple[TensorSpec, ...]
     max_batch: Annotated[int, Field(ge=1)]
+    precision: Precision = "fp32"
     activation_bytes: Count
     """Peak bytes of intermediate values at `max_batch`: the planned arena (ExecuTorch), else the peak of live tensors
     of the graph in its written order."""
@@ -51,13 +75,17 @@ class StageCost(Record):
     prefix_flops_per_sample: Count
     """One pass of the whole frozen prefix; with the feature cache, a device pays it once per sample, not per epoch."""
     planned_bytes: dict[EngineName, Count]
-    """Weights + gradients + optimiser moments + activations of one batch."""
+    """Weights + gradients + optimiser moments + activations of one micro-batch. With contrastive micro-batches: of the
+    largest of the three programs, and the embeddings of the whole batch."""
     round_bytes_down: Count
+    """Active weights in the plan's download encoding, before compression."""
     round_bytes_up: Count
+    """One update in the plan's upload encoding, before compression."""
     program_bytes: dict[EngineName, Count]
     """Programs that no earlier stage used; downloaded once."""
     frozen_bytes: Count
-    """Weights of the frozen prefix: what a device that joins at this stage must fetch in addition."""
+    """Weights of the frozen prefix in the download encoding: what a device that joins at this stage must fetch in
+    addition."""
 
 
 class StagePrograms(Record):
@@ -78,6 +106,13 @@ class Manifest(Record):
     initial_weights: dict[str, Sha256]
     programs: dict[Sha256, Program]
     frozen_programs: dict[EngineName, dict[str, Sha256]]
+    loss_programs: dict[EngineName, Sha256] = Field(default_factory=dict)
+    """Only for contrastive micro-batches: the loss of a whole batch of embeddings, the same in every stage."""
+    prefix_errors: dict[EngineName, dict[str, float]] = Field(default_factory=dict)
+    """With an int8 prefix: |int8 - fp32| / |fp32| (Euclidean norms) of the features after each frozen segment, measured with
+    the initial weights of the bundle."""
+    prefix_errors_on: str = ""
+    """What those errors were measured on: the sha256 of a data file, or random inputs."""
     stages: tuple[StagePrograms, ...]
     blobs: dict[Sha256, Count]
     versions: dict[str, str]
@@ -96,6 +131,7 @@ class Manifest(Record):
             referred |= set(stage.train.values()) | set(stage.eval.values())
         for chain in self.frozen_programs.values():
             referred |= set(chain.values())
+        referred |= set(self.loss_programs.values())
         lacking = referred - set(self.blobs)
         if lacking:
             raise ValueError(f"{len(lacking)} hashes are used but not listed in blobs, the first is {min(lacking)}")

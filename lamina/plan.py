@@ -55,13 +55,60 @@ class AdamW(Record):
 OptimizerSettings = Annotated[SGD | AdamW, Field(discriminator="kind")]
 
 
+class FeatureStore(Record):
+    """How a device keeps the features of its frozen prefix on disk.
+
+    `encoding` is what a stored value takes: 4 bytes, 2, or 1 with one scale for each token. With augmented data, `views`
+    versions of every example are stored; epoch e trains on version e mod views.
+    """
+
+    encoding: Literal["fp32", "fp16", "int8"] = "fp32"
+    views: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class Augmentation(Record):
+    """Random changes of one modality's training examples; they depend on seed, example and view, and on nothing else.
+
+    `shift` moves the example by up to so many steps of its last axis (pixels, samples; for audio frames the first axis) and
+    fills with zeros, `noise` is the standard deviation of added Gaussian noise, `flip` mirrors every second image.
+    """
+
+    shift: Annotated[int, Field(ge=0)] = 0
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    flip: bool = False
+
+
 class Training(Record):
-    """What a device does in one round. The optimiser starts fresh in each round, as in FedMML."""
+    """What a device does in one round. The optimiser starts fresh in each round, as in FedMML.
+
+    `micro_batch` samples are in memory at a time (None: the whole batch); the gradient is that of the whole batch.
+    `prefix_precision` is that of the frozen layers' weights. `download_encoding` and `upload_encoding` are the smallest
+    encodings that a device may be given and asked for; one that cannot read them gets the next larger one that it knows.
+    """
 
     batch_size: Annotated[int, Field(ge=2)] = 32
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
     local_epochs: Annotated[int, Field(ge=1)] = 1
     optimizer: OptimizerSettings = AdamW()
-    upload_encoding: Literal["fp32", "fp16"] = "fp32"
+    features: FeatureStore = FeatureStore()
+    augmentation: dict[Name, Augmentation] = Field(default_factory=dict)
+    prefix_precision: Literal["fp32", "int8"] = "fp32"
+    download_encoding: Literal["fp32", "fp16", "int8"] = "fp32"
+    upload_encoding: Literal["fp32", "fp16", "int8"] = "fp32"
+    compression: Literal["none", "zstd"] = "none"
+
+    @model_validator(mode="after")
+    def _micro_batch_fits(self) -> "Training":
+        if self.micro_batch is not None and self.micro_batch > self.batch_size:
+            raise ValueError(f"micro_batch {self.micro_batch} is larger than batch_size {self.batch_size}")
+        if self.features.views > 1 and not self.augmentation:
+            raise ValueError(f"features.views is {self.features.views}, but without augmentation all views are equal")
+        return self
+
+    @property
+    def samples_in_memory(self) -> int:
+        """The largest batch that a program with activations has to take."""
+        return self.micro_batch or self.batch_size
 
 
 class Cohort(Record):
@@ -115,6 +162,12 @@ class Plan(Record):
                 present = stage.frozen_chain(self.model, modality) + stage.active_chain(self.model, modality)
                 if present != chain[: len(present)] or not present:
                     raise ValueError(f"stage {position}: {modality} has {present}, which is no prefix of {chain}")
+        for modality, augmentation in self.training.augmentation.items():
+            if modality not in self.model.modalities:
+                raise ValueError(f"augmentation names {modality!r}; the model has {list(self.model.modalities)}")
+            kind = self.model.encoder(modality).input.kind
+            if kind == "text_tokens" or (augmentation.flip and kind != "image_patches"):
+                raise ValueError(f"augmentation of {modality!r}: texts cannot be changed, and only images can be flipped")
         if not any(stage.rounds for stage in self.stages):
             raise ValueError("every stage has 0 rounds: nothing would be trained")
         return self

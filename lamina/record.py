@@ -4,9 +4,9 @@ A misspelled key is refused with its name instead of being ignored, because a ty
 """
 
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from lamina.errors import ConfigError
 
@@ -35,6 +35,21 @@ class Record(BaseModel):
         except FileNotFoundError as error:
             raise ConfigError(f"{path} does not exist") from error
         return cls.from_json(data, str(path))
+
+
+class GrowingRecord(Record):
+    """A record with fields that were added later (`LATER`): each is left out of the JSON while it holds its default.
+
+    So a reader from before those fields, which refuses what it does not know, understands everything that it could say.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        usual = {name for name in self.LATER if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
+        return {name: value for name, value in serialize(self).items() if name not in usual}
 
 
 def explain(error: ValidationError, limit: int = 3) -> str:

@@ -14,16 +14,19 @@ for what a device does, the admin token for publishing.
     PUT  /v1/runs/{run}/stages/{stage}/rounds/{round}/update      tensor file, TrainReport in a header -> Accepted
     PUT  /v1/runs/{run}/stages/{stage}/rounds/{round}/evaluation  Evaluation -> Accepted
 
-Growth rule: a new field has a default, and the meaning of a field never changes; anything else is /v2.
+Growth rule: a new field has a default, and the meaning of a field never changes; anything else is /v2. A field that was
+added later (`LATER` of its message) is left out while it holds its default, because readers refuse fields that they do not
+know: a coordinator goes on serving devices that are older than itself. It is therefore updated before them.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 
+from lamina.compression import Compression
 from lamina.manifest import EngineName, Sha256
 from lamina.model import Name
-from lamina.record import Record
+from lamina.record import GrowingRecord, Record
 from lamina.tensors import Encoding
 
 REPORT_HEADER = "Lamina-Report"
@@ -59,23 +62,40 @@ class Enrolled(Record):
     device_token: str
 
 
-class CheckIn(Record):
-    """A device asks for work and says what it has. `run` limits the answer to one run."""
+class CheckIn(GrowingRecord):
+    """A device asks for work and says what it has. `run` limits the answer to one run.
+
+    `encodings` and `compressions` are what it can read and write; fp32 and no compression need not be listed.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ("encodings", "compressions")
 
     engine: EngineName
     modalities: tuple[Name, ...]
     train_examples: Annotated[int, Field(ge=1)]
     test_examples: Count
     run: str | None = None
+    encodings: tuple[Encoding, ...] = ("fp32",)
+    compressions: tuple[Compression, ...] = ("none",)
 
 
-class Assignment(Record):
+class Assignment(GrowingRecord):
     """Work for one round. `weights` has the blob of each active and frozen segment of the stage, `manifest` is a blob too.
 
     Phase `train`: train the active segments from these weights, send the difference as `upload_encoding`.
     Phase `evaluate`: evaluate these weights on the device's test examples.
     The place in the round is kept for `lease_seconds`; checking in again renews it and gives the same work.
+
+    The weights' blobs are tensor files in `download_encoding`. For a segment in `compressed_weights`, the blob named there
+    holds the same file compressed as `download_compression` says: fetch it in place of the other one.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = (
+        "download_encoding",
+        "download_compression",
+        "compressed_weights",
+        "upload_compression",
+    )
 
     kind: Literal["assignment"] = "assignment"
     phase: Phase
@@ -86,6 +106,10 @@ class Assignment(Record):
     weights: dict[str, Sha256]
     lease_seconds: Seconds
     upload_encoding: Encoding
+    download_encoding: Encoding = "fp32"
+    download_compression: Compression = "none"
+    compressed_weights: dict[str, Sha256] = Field(default_factory=dict)
+    upload_compression: Compression = "none"
 
 
 class Wait(Record):
@@ -113,12 +137,17 @@ CheckInAnswer = Annotated[Assignment | Wait | Refused, Field(discriminator="kind
 CHECK_IN_ANSWER: TypeAdapter[Assignment | Wait | Refused] = TypeAdapter(CheckInAnswer)
 
 
-class TrainReport(Record):
+class TrainReport(GrowingRecord):
     """What a round cost the device.
 
-    `peak_bytes` is the peak resident set of the whole client process, as the kernel counts it (VmHWM).
+    `peak_bytes` is the peak resident set of the whole device, as the kernel counts it (VmHWM): the larger of its two
+    processes, which never run at the same time, and the supervisor.
     `bytes_down` and `bytes_up` count message bodies since the device's last report; `bytes_up` includes this update.
+    `upload_encoding` is that of the update: the one of the assignment, or fp32, which is always taken.
+    `failed_attempts` is how often the training process died before this update was made, `failure` how the last time.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("upload_encoding", "failed_attempts", "failure")
 
     num_examples: Annotated[int, Field(ge=1)]
     loss: float
@@ -126,6 +155,9 @@ class TrainReport(Record):
     peak_bytes: Count
     bytes_down: Count
     bytes_up: Count
+    upload_encoding: Encoding = "fp32"
+    failed_attempts: Count = 0
+    failure: Annotated[str, Field(max_length=200)] = ""
 
 
 class Evaluation(Record):
@@ -149,16 +181,27 @@ class Published(Record):
     run: str
 
 
-class DeviceReport(Record):
-    """One device's update as accepted."""
+class DeviceReport(GrowingRecord):
+    """One device's update as accepted: the encoding of the weights it trained from, and of the update as it arrived."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("download_encoding", "upload_encoding", "upload_compression")
 
     device: DeviceName
     engine: EngineName
     report: TrainReport
+    download_encoding: Encoding = "fp32"
+    upload_encoding: Encoding = "fp32"
+    upload_compression: Compression = "none"
 
 
-class RoundStatus(Record):
-    """One round: what came in, and the accuracy of the aggregated model (None until evaluated, or without test data)."""
+class RoundStatus(GrowingRecord):
+    """One round: what came in, and the accuracy of the aggregated model (None until evaluated, or without test data).
+
+    `evaluated_encodings` are those, other than fp32, in which devices evaluated the weights. `notes` says which devices
+    take larger transfers than the plan allows, and why.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ("evaluated_encodings", "notes")
 
     stage: Count
     round: Count
@@ -168,6 +211,8 @@ class RoundStatus(Record):
     test_examples: Count = 0
     test_correct: Count = 0
     test_loss: float | None = None
+    evaluated_encodings: tuple[Encoding, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def test_accuracy(self) -> float | None:

@@ -51,10 +51,16 @@ SENSORS = ModelDescription(
 )
 
 
-def make_plan(model: ModelDescription, strategy: str = "layerwise", **training: object) -> Plan:
+# One layer each: what micro-batches add to a contrastive step does not depend on the depth, and lowering takes time.
+PAIR = CONTRASTIVE.model_copy(
+    update={"name": "pair", "encoders": tuple(e.model_copy(update={"layers": 1}) for e in CONTRASTIVE.encoders)}
+)
+
+
+def make_plan(model: ModelDescription, strategy: str = "layerwise", suffix: str = "", **training: object) -> Plan:
     settings = Training(**({"batch_size": MAX_BATCH} | training))
     stages = make_stages(model, strategy, rounds=4, learning_rate=0.1)
-    return Plan(name=f"{model.name}_{strategy}", model=model, strategy=strategy, stages=stages, training=settings)
+    return Plan(name=f"{model.name}_{strategy}{suffix}", model=model, strategy=strategy, stages=stages, training=settings)
 
 
 PLANS = {
@@ -65,6 +71,11 @@ PLANS = {
         make_plan(SENSORS),
     )
 }
+# A batch of 7 in micro-batches of 4: the programs are those of a batch of 4.
+SUPERVISED_MICRO = make_plan(SENSORS, suffix="_micro", batch_size=2 * MAX_BATCH - 1, micro_batch=MAX_BATCH)
+# A batch of 4 in micro-batches of 1, 2, and 3 (the last one then has 1 sample).
+CONTRASTIVE_MICRO = {size: make_plan(PAIR, "end_to_end", f"_micro{size}", micro_batch=size) for size in (1, 2, 3)}
+INT8_PREFIX = make_plan(SUPERVISED, suffix="_int8", prefix_precision="int8")
 
 
 def shared_bundle(plan: Plan, engines: tuple[str, ...], folder: Path, cache: Path) -> tuple[Path, Manifest]:

@@ -4,7 +4,7 @@ from importlib import import_module
 
 from edge_client.engines.base import Array, Engine, LoadedProgram
 from lamina.errors import EngineMissingError
-from lamina.manifest import ENGINES, EngineName
+from lamina.names import ENGINES, EngineName
 
 __all__ = ["Array", "Engine", "LoadedProgram", "load_engine"]
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
-from lamina.manifest import EngineName, Program
+from lamina.names import EngineName, ProgramShape
 
 Array = NDArray[Any]
 
@@ -20,7 +21,7 @@ class LoadedProgram(Protocol):
     """A program ready to run on this device, with one thread."""
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
-        """Outputs for contiguous float32 / int64 inputs in the program's order: weights, then batch inputs.
+        """Outputs for contiguous float32 / int64 / int8 inputs in the program's order: weights, then batch inputs.
 
         Inputs are read in place and never changed. An output may be memory of the runtime: it is valid until the next
         call of this program, so copy or add it up before. Raises EngineError with the runtime's own words.
@@ -37,6 +38,18 @@ class Engine(Protocol):
 
     name: EngineName
 
-    def load(self, path: Path, program: Program) -> LoadedProgram:
+    def load(self, path: Path, program: ProgramShape) -> LoadedProgram:
         """A program from a file whose sha256 was verified. Raises EngineError if the runtime cannot load it."""
         ...
+
+
+def program_arrays(program: ProgramShape) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+    """(shape, dtype) of everything that a program takes, in order; batch inputs at their largest batch."""
+    float32, int8 = np.dtype(np.float32), np.dtype(np.int8)
+    arrays: list[tuple[tuple[int, ...], np.dtype[Any]]] = []
+    for shape in program.weights:
+        if program.precision == "int8" and len(shape) == 2:
+            arrays += [(shape, int8), (shape[:1], float32)]
+        else:
+            arrays.append((shape, float32))
+    return arrays + [((program.max_batch, *spec.shape), np.dtype(spec.dtype)) for spec in program.inputs]

@@ -7,16 +7,17 @@ from typing import Any, ClassVar
 import torch
 from torch.utils import _pytree as pytree
 
-from edge_client.engines.base import Array, LoadedProgram
+from edge_client.engines.base import Array, LoadedProgram, program_arrays
 from lamina.errors import EngineError
-from lamina.manifest import EngineName, Program
+from lamina.names import EngineName, ProgramShape
 
 
 class TorchProgram:
-    def __init__(self, path: Path, program: Program) -> None:
+    def __init__(self, path: Path, program: ProgramShape) -> None:
         self._file = path.name
-        self._is_train = program.role == "train"
+        self._role = program.role
         self._num_weights = len(program.weights)
+        self._num_arrays = len(program_arrays(program))
         try:
             with path.open("rb") as file:  # by name, torch warns about files that do not end in .pt2
                 exported = torch.export.load(file)
@@ -26,23 +27,30 @@ class TorchProgram:
             raise EngineError(f"torch cannot load program {path.name}: {error}") from error
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
+        if len(arrays) != self._num_arrays:
+            raise EngineError(f"program {self._file} takes {self._num_arrays} arrays, given {len(arrays)}")
         tensors = [torch.from_numpy(array) for array in arrays]
-        if len(tensors) != self._arguments.num_leaves:
-            raise EngineError(f"program {self._file} takes {self._arguments.num_leaves} arrays, given {len(tensors)}")
-        weights = tensors[: self._num_weights]
+        # Only float32 programs are differentiated, so a weight is one array here.
+        leaves = {"train": tensors[: self._num_weights], "backward": tensors[: self._num_weights], "loss": tensors}
+        differentiated = leaves.get(self._role, [])
         try:
-            with torch.set_grad_enabled(self._is_train):
-                if self._is_train:
-                    for weight in weights:
-                        weight.requires_grad_()
-                # The file may take its arrays flat or as (weights, inputs); their order is the same.
-                positional, named = pytree.tree_unflatten(tensors, self._arguments)
-                outputs = pytree.tree_leaves(self._module(*positional, **named))
-                if self._is_train:
-                    outputs += torch.autograd.grad(outputs[0], weights)
+            with torch.set_grad_enabled(bool(differentiated)):
+                for leaf in differentiated:
+                    leaf.requires_grad_()
+                outputs = self._forward(tensors)
+                if self._role == "backward":
+                    outputs = list(torch.autograd.grad(outputs, differentiated, tensors[-len(outputs) :]))
+                elif differentiated:
+                    outputs += torch.autograd.grad(outputs[0], differentiated)
         except Exception as error:  # guards raise AssertionError, kernels RuntimeError, arguments TypeError
             raise EngineError(f"torch failed in program {self._file}: {error}") from error
         return [output.detach().numpy() for output in outputs]
+
+    def _forward(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        # The file may take its arrays flat or as (weights, inputs); their order is the same. The embed graph serves
+        # `backward` too: the gradients that come after its own inputs are for autograd.
+        positional, named = pytree.tree_unflatten(tensors[: self._arguments.num_leaves], self._arguments)
+        return list(pytree.tree_leaves(self._module(*positional, **named)))
 
     def close(self) -> None:
         self._module = None
@@ -54,7 +62,7 @@ class Torch:
     def __init__(self) -> None:
         torch.set_num_threads(1)
 
-    def load(self, path: Path, program: Program) -> LoadedProgram:
+    def load(self, path: Path, program: ProgramShape) -> LoadedProgram:
         return TorchProgram(path, program)
 
 

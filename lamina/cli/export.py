@@ -25,6 +25,14 @@ def export(
         int | None,
         typer.Option(min=1, help="Programs to lower at the same time, about 1 GB of memory each. Default: one per core."),
     ] = None,
+    sample: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="Data file as devices have it. For a plan with an int8 prefix, its first 64 training examples show how far "
+            "int8 moves the features of the initial weights; without it, random inputs do. Changes no program.",
+        ),
+    ] = None,
 ) -> None:
     """Write the programs and initial weights of a plan as a bundle, and show what each stage costs a device.
 
@@ -53,11 +61,26 @@ def export(
         def show(phase: str, done: int, total: int) -> None:
             progress.update(tasks[phase], completed=done, total=total)
 
-        manifest = export_bundle(Plan.from_file(plan), out, chosen, on_progress=show, workers=jobs)
+        manifest = export_bundle(Plan.from_file(plan), out, chosen, on_progress=show, workers=jobs, sample=sample)
     console.print(_cost_table(manifest))
+    for line in _prefix_lines(manifest):
+        console.print(line, soft_wrap=True)
     console.print(
         f"{out}: {len(manifest.programs)} program files, {sum(manifest.blobs.values()):,} bytes in all", soft_wrap=True
     )
+
+
+def _prefix_lines(manifest: "Manifest") -> list[str]:
+    """What an int8 prefix does to the features at its end: the largest error over the modalities."""
+    return [
+        f"int8 prefix on {engine}: features off by {100 * max(errors.values()):.2f} % at most, measured on the initial weights "
+        f"and {_named(manifest.prefix_errors_on)}"
+        for engine, errors in manifest.prefix_errors.items()
+    ]
+
+
+def _named(measured_on: str) -> str:
+    return measured_on if " " in measured_on else f"data {measured_on[:12]}"
 
 
 def _cost_table(manifest: "Manifest") -> "Table":
@@ -66,8 +89,10 @@ def _cost_table(manifest: "Manifest") -> "Table":
     from rich.table import Table
 
     engines = " / ".join(manifest.engines)
+    training = manifest.plan.training
+    pieces = f" in micro-batches of {training.micro_batch}" if training.samples_in_memory < training.batch_size else ""
     table = Table(
-        title=f"{manifest.plan.name}: {manifest.plan.strategy}, batch {manifest.plan.training.batch_size}",
+        title=f"{manifest.plan.name}: {manifest.plan.strategy}, batch {training.batch_size}{pieces}",
         caption=f"planned and programs: {engines}",
         box=box.SIMPLE,
         pad_edge=False,

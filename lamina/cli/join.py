@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lamina.errors import ConfigError
-from lamina.manifest import ENGINES
+from lamina.names import ENGINES
 
 
 def join(
@@ -39,27 +39,35 @@ def join(
             help="Leave when no run is open any more, after at least one assignment was done; otherwise wait for the next.",
         ),
     ] = False,
+    disk_mb: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Most megabytes of stored features; what does not fit is computed anew in each epoch. Without it, all are "
+            "stored.",
+        ),
+    ] = None,
 ) -> None:
     """Train on this machine's data as a device of a coordinator.
 
     The command checks in, downloads what it lacks, trains, sends the update and asks again. It may be stopped or killed at
-    any moment; the same command goes on where it was.
+    any moment; the same command goes on where it was. Training has a process of its own: if the runtime fails or memory runs
+    out, that is one failed attempt, and the device goes on.
     """
-    from edge_client.device import join as join_coordinator
-    from edge_client.device import stopped_by_signals
-    from edge_client.identity import read_enrolment_token
+    from edge_client.start import start
 
-    chosen = next((known for known in ENGINES if known == engine), None)
-    if chosen is None:
+    if engine not in ENGINES:
         raise ConfigError(f"there is no engine {engine!r}; known: {', '.join(ENGINES)}")
-    with stopped_by_signals():
-        join_coordinator(
-            url,
-            data,
-            name,
-            chosen,
-            state,
-            lambda: read_enrolment_token(token_file),
-            run=run,
-            until_finished=until_finished,
-        )
+    start(
+        {
+            "url": url,
+            "data": str(data),
+            "name": name,
+            "engine": engine,
+            "state": str(state),
+            "token_file": str(token_file) if token_file else None,
+            "run": run,
+            "until_finished": until_finished,
+            "disk_bytes": None if disk_mb is None else disk_mb * 10**6,
+        }
+    )

@@ -10,14 +10,17 @@ import typer
 
 from lamina import __version__
 from lamina.cli.assemble import assemble
+from lamina.cli.bench import bench
 from lamina.cli.demo import demo
+from lamina.cli.engine import engine
 from lamina.cli.export import export
+from lamina.cli.fit import fit
 from lamina.cli.join import join
 from lamina.cli.publish import publish
 from lamina.cli.pull import pull
 from lamina.cli.serve import serve
 from lamina.cli.status import status
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, shown
 
 app = typer.Typer(
     name="lamina",
@@ -29,9 +32,11 @@ app = typer.Typer(
     help="Train models on small machines one layer at a time, federated over many of them. "
     "The way of a model: export, serve, publish, join (on every device), status, pull, assemble; `demo` shows it all.",
 )
-VERBS = (demo, export, serve, publish, join, status, pull, assemble)
+VERBS = (demo, export, fit, serve, publish, join, status, pull, assemble)
 for verb in VERBS:
     app.command()(verb)
+app.add_typer(bench)
+app.add_typer(engine)
 
 _EXTRA_OF_MODULE = {
     "torch": "export",
@@ -40,8 +45,8 @@ _EXTRA_OF_MODULE = {
     "fastapi": "coordinator",
     "uvicorn": "coordinator",
     "sqlalchemy": "coordinator",
-    "executorch": "executorch",
-    "torchao": "executorch",
+    "executorch": "export-executorch",
+    "torchao": "export-executorch",
     "onnxruntime": "onnxruntime",
     "matplotlib": "bench",
 }
@@ -55,8 +60,7 @@ def main() -> None:
     try:
         app()
     except LaminaError as error:
-        typer.echo(f"error [{error.code}]: {error.message}", err=True)
-        typer.echo(f"(what this means and how to mend it: docs/errors.md, {error.code!r})", err=True)
+        typer.echo(shown(error), err=True, nl=False)
         sys.exit(1)
     except ModuleNotFoundError as error:
         extra = _EXTRA_OF_MODULE.get((error.name or "").split(".")[0])

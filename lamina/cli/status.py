@@ -39,12 +39,38 @@ def table_of(run: "RunStatus") -> "Table":
     """A row for each round; what the run waits for stands below."""
     from rich.table import Table
 
-    table = Table(title=f"{run.run}: {run.name}, {run.state}", caption=run.detail, caption_justify="left")
+    notes = (*run.rounds[-1].notes, *failures_of(run.rounds[-1])) if run.rounds else ()
+    table = Table(title=f"{run.run}: {run.name}, {run.state}", caption="\n".join((run.detail, *notes)), caption_justify="left")
     for heading in ("stage", "round", "state", "updates", "train loss", "accuracy", "MB down", "MB up", "peak MB"):
         table.add_column(heading, justify="left" if heading == "state" else "right")
-    for row in run.rounds:
-        table.add_row(*_cells(row))
+    encodings = [encodings_of(row) for row in run.rounds]
+    if any(encodings):
+        table.add_column("not fp32", justify="left")
+    for row, encoding in zip(run.rounds, encodings, strict=True):
+        table.add_row(*_cells(row), *((encoding,) if any(encodings) else ()))
     return table
+
+
+def failures_of(row: "RoundStatus") -> list[str]:
+    """Devices whose training process died in this round, and came through in the end."""
+    return [
+        f"{update.device}: {update.report.failed_attempts} failed attempts, {update.report.failure}"
+        for update in row.updates
+        if update.report.failed_attempts
+    ]
+
+
+def encodings_of(row: "RoundStatus") -> str:
+    """Where a round's values travelled rounded, e.g. `down 3 of 4 int8, up 4 of 4 fp16`; empty if nowhere."""
+    parts = []
+    for direction, used in (
+        ("down", [update.download_encoding for update in row.updates]),
+        ("up", [update.upload_encoding for update in row.updates]),
+    ):
+        smaller = sorted(set(used) - {"fp32"})
+        parts += [f"{direction} {used.count(encoding)} of {len(used)} {encoding}" for encoding in smaller]
+    parts += [f"evaluated in {encoding}" for encoding in row.evaluated_encodings]
+    return ", ".join(parts)
 
 
 def _cells(row: "RoundStatus") -> tuple[str, ...]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from coordinator.app import create_app
 from coordinator.settings import Settings
+from lamina.compression import Compression, compress
 from lamina.manifest import Manifest, Program, StageCost, StagePrograms
 from lamina.model import Encoder, ModelDescription, Projection, SensorWindows, Supervised
 from lamina.plan import Cohort, Plan, Training
@@ -69,6 +70,8 @@ def make_bundle(
     engines: tuple[str, ...] = ("onnxruntime", "torch"),
     modalities: tuple[str, ...] = ("motion",),
     encoding: Encoding = "fp32",
+    download_encoding: Encoding = "fp32",
+    compression: Compression = "none",
     seed: int = 0,
 ) -> Bundle:
     """A bundle of width 8 whose weights are random and whose programs are any bytes: the coordinator never looks inside.
@@ -87,7 +90,7 @@ def make_bundle(
         model=model,
         strategy=strategy,
         stages=make_stages(model, strategy, rounds or [1] * (1 if strategy == "end_to_end" else layers), 0.01),
-        training=Training(upload_encoding=encoding),
+        training=Training(upload_encoding=encoding, download_encoding=download_encoding, compression=compression),
         cohort=cohort or Cohort(size=2, min_updates=1, deadline_seconds=1000, lease_seconds=100),
     )
     blobs: dict[str, bytes] = {}
@@ -272,8 +275,15 @@ class Device:
         headers: Mapping[str, str | None] | None = None,
         **address: Any,
     ) -> httpx.Response:
-        """Sends an update; `headers` replaces (or with None drops) single headers, `address` parts of the path."""
-        body = self.body(assignment) if body is None else body
+        """Sends an update; `headers` replaces (or with None drops) single headers, `address` parts of the path.
+
+        Without a `body`, it is what the assignment asks for.
+        """
+        if body is None:
+            body = compress(self.body(assignment), assignment.upload_compression)
+            report = report.model_copy(update={"upload_encoding": assignment.upload_encoding})
+            if assignment.upload_compression != "none":
+                headers = {"Content-Encoding": assignment.upload_compression, **(headers or {})}
         sent: dict[str, str | None] = {
             **self.headers,
             "Content-Digest": f"sha-256=:{base64.b64encode(sha256(body).digest()).decode()}:",

@@ -8,6 +8,7 @@ import pytest
 from coordinator_harness import InProcess, as_json, make_bundle, problem_of
 
 from coordinator.problems import STATUS_OF_CODE
+from coordinator.tables import SCHEMA_VERSION
 from lamina.errors import ConfigError, StoreError, all_errors
 from lamina.wire import MAX_JSON_BYTES
 
@@ -169,6 +170,6 @@ def test_a_newer_database_is_left_alone(coordinator: InProcess, make_coordinator
     with pytest.raises(StoreError, match="schema version 99"):
         other.start()
     with sqlite3.connect(other.state / "coordinator.sqlite") as connection:
-        connection.execute("PRAGMA user_version = 1")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.close()
     other.start()

@@ -13,7 +13,7 @@ from coordinator.aggregate import Contribution, weighted_mean
 from coordinator.updates import check_content
 from lamina.plan import Cohort
 from lamina.segments import TensorSpec
-from lamina.tensors import Encoding, encode
+from lamina.tensors import ENCODINGS, Encoding, encode
 from lamina.wire import TrainReport
 
 SPECS = [TensorSpec(name="a/w", shape=(3, 2)), TensorSpec(name="a/b", shape=()), TensorSpec(name="b/w", shape=(4,))]
@@ -33,7 +33,7 @@ updates = st.lists(
     st.tuples(
         st.integers(0, 5),  # few seeds, so that equal updates occur
         st.sampled_from([1e-6, 1.0, 1e3]),
-        st.sampled_from(["fp32", "fp16"]),
+        st.sampled_from(["fp32", "fp16", "int8"]),
         st.integers(1, 10**6),
     ),
     min_size=1,
@@ -64,11 +64,16 @@ def test_the_mean_is_that_of_float64_and_its_bytes_do_not_depend_on_the_order(tm
 def _stored(seed: int, scale: float, encoding: str) -> dict[str, np.ndarray]:
     """The values of an update as they are after encoding, in float64."""
     random = np.random.default_rng(seed)
-    kind = np.float16 if encoding == "fp16" else np.float32
-    return {
-        spec.name: np.asarray(random.standard_normal(spec.shape) * scale, np.float32).astype(kind).astype(np.float64)
-        for spec in SPECS
-    }
+    stored = {}
+    for spec in SPECS:
+        value = np.asarray(random.standard_normal(spec.shape) * scale, np.float32)
+        if encoding == "fp16":
+            value = value.astype(np.float16)
+        elif encoding == "int8" and value.ndim == 2:
+            step = np.abs(value).max(axis=-1, keepdims=True) / np.float32(127)
+            value = np.rint(value / step) * step
+        stored[spec.name] = value.astype(np.float64)
+    return stored
 
 
 def test_one_update_alone_gives_the_device_s_own_weights(tmp_path: Path) -> None:
@@ -79,9 +84,9 @@ def test_one_update_alone_gives_the_device_s_own_weights(tmp_path: Path) -> None
 
 
 def test_the_content_is_the_same_in_every_encoding_that_holds_it(tmp_path: Path) -> None:
-    values = {spec.name: np.full(spec.shape, 0.5, np.float32) for spec in SPECS}
+    values = {spec.name: np.full(spec.shape, 127 / 256, np.float32) for spec in SPECS}  # exact in each of them
     hashes = set()
-    for encoding in ("fp32", "fp16"):
+    for encoding in ENCODINGS:
         path = tmp_path / encoding
         path.write_bytes(encode(values, encoding))
         hashes.add(check_content(str(path), SPECS))

@@ -322,11 +322,15 @@ def test_waiting_times_are_those_of_the_settings(make_coordinator) -> None:
 
 def test_fp16_and_fp32_devices_train_in_the_same_round(coordinator: InProcess) -> None:
     coordinator.publish(make_bundle(rounds=[1, 0], encoding="fp16"))
-    a, b = coordinator.join("a"), coordinator.join("b", engine="torch")
-    a.check_in()
-    assert b.work().upload_encoding == "fp16"
+    a, b = coordinator.join("a", encodings=("fp32", "fp16")), coordinator.join("b", engine="torch")
+    b.check_in()
+    assert a.work().upload_encoding == "fp16"
+    assert b.work().upload_encoding == "fp32"
     status = work_until_finished(coordinator, [a, b])
-    assert [update.engine for update in status.rounds[0].updates] == ["onnxruntime", "torch"]
+    assert [(update.engine, update.upload_encoding) for update in status.rounds[0].updates] == [
+        ("onnxruntime", "fp16"),
+        ("torch", "fp32"),
+    ]
 
 
 @pytest.mark.parametrize("strategy", ["layerwise", "progressive", "end_to_end"])

@@ -2,8 +2,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from edge_client.device import Options
 from lamina.cli.join import join
-from lamina.errors import ConfigError, DataError
+from lamina.errors import ConfigError
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def command():
 def device(monkeypatch):
     """Records what the device is told to do instead of doing it."""
     calls = []
-    monkeypatch.setattr("edge_client.device.join", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr("edge_client.start.start", calls.append)
     return calls
 
 
@@ -26,21 +27,28 @@ def options(folder, engine="onnxruntime"):
 
 
 def test_every_option_reaches_the_device(command, device, tmp_path):
-    (tmp_path / "token").write_text("secret")
-    done = command(*options(tmp_path), "--token-file", tmp_path / "token", "--run", "r1", "--until-finished")
-    assert done.exit_code == 0
-    (((url, data, name, engine, state, token), rest),) = device
-    assert (url, data, name, engine, state) == ("http://c", tmp_path / "d.npz", "attic", "onnxruntime", tmp_path / "s")
-    assert token() == "secret"
-    assert rest == {"run": "r1", "until_finished": True}
+    done = command(*options(tmp_path), "--token-file", tmp_path / "token", "--run", "r1", "--until-finished", "--disk-mb", "3")
+    assert done.exit_code == 0, done.output
+    assert device == [
+        {
+            "url": "http://c",
+            "data": str(tmp_path / "d.npz"),
+            "name": "attic",
+            "engine": "onnxruntime",
+            "state": str(tmp_path / "s"),
+            "token_file": str(tmp_path / "token"),
+            "run": "r1",
+            "until_finished": True,
+            "disk_bytes": 3_000_000,
+        }
+    ]
+    assert Options(**device[0]).has_worked is False
 
 
-def test_without_options_the_device_takes_any_run_and_stays(command, device, tmp_path, monkeypatch):
-    monkeypatch.setenv("LAMINA_TOKEN", "from-environment")
+def test_without_options_the_device_takes_any_run_and_stays(command, device, tmp_path):
     assert command(*options(tmp_path)).exit_code == 0
-    (((*_, token), rest),) = device
-    assert token() == "from-environment"
-    assert rest == {"run": None, "until_finished": False}
+    (given,) = device
+    assert [given[key] for key in ("token_file", "run", "until_finished", "disk_bytes")] == [None, None, False, None]
 
 
 def test_an_unknown_engine_is_refused(command, device, tmp_path):
@@ -48,10 +56,6 @@ def test_an_unknown_engine_is_refused(command, device, tmp_path):
     assert isinstance(done.exception, ConfigError)
     assert "executorch, onnxruntime, torch" in done.exception.message
     assert device == []
-
-
-def test_errors_are_those_of_lamina(command, tmp_path):
-    assert isinstance(command(*options(tmp_path)).exception, DataError)
 
 
 def test_every_parameter_has_help(command):
@@ -65,5 +69,6 @@ def test_every_parameter_has_help(command):
         "--token-file",
         "--run",
         "LAMINA_TOKEN",
+        "--disk-mb",
     ):
         assert words in text

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from edge_client import supervisor
 from edge_client.memory import peak_bytes
 from tests.edge_client.tiny import initial_weights
 
@@ -52,9 +54,30 @@ def test_executorch_loads_none_of_its_own_python():
     assert fresh(code + "print(*(n for n in ('executorch.exir', 'torchao', 'executorch.runtime') if n in sys.modules))") == []
 
 
-def test_a_bare_client_stays_below_70_mib():
-    (bytes_,) = fresh("import edge_client.device\nfrom edge_client.memory import peak_bytes\nprint(peak_bytes())")
-    assert int(bytes_) < 70 << 20
+@pytest.mark.parametrize(("module", "most"), [("edge_client.device", 64), ("edge_client.trainer", 30)])
+def test_a_process_of_the_device_stays_small(module, most):
+    (bytes_,) = fresh(f"import {module}\nfrom edge_client.memory import peak_bytes\nprint(peak_bytes())")
+    assert int(bytes_) < most << 20
+
+
+def test_the_training_process_loads_neither_messages_nor_http_nor_hashing():
+    names = ("pydantic", "httpx", "ssl", "http", "hashlib", "numpy.random", "zipfile", "lamina.manifest", "subprocess")
+    assert fresh(f"import sys, edge_client.trainer\nprint(*(name for name in {names} if name in sys.modules))") == []
+
+
+def test_the_supervisor_is_a_bare_interpreter():
+    """It stays for the whole life of the device, beside whatever trains."""
+    isolated = "[sys.executable, '-I', '-S', '-c', sys.argv[1]]"
+    code = f"import subprocess, sys\nprint(subprocess.run({isolated}, capture_output=True, text=True).stdout)"
+    probe = """
+import runpy, sys
+found = runpy.run_path(sys.argv[1] if len(sys.argv) > 1 else PATH)
+print([n for n in ('numpy', 'lamina', 'edge_client', 'subprocess', 'pathlib', 'ctypes') if n in sys.modules])
+print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])
+""".replace("PATH", repr(str(Path(supervisor.__file__))))
+    *loaded, peak_kib = fresh(code, probe)
+    assert loaded == ["[]"]
+    assert int(peak_kib) < 12 * 1024
 
 
 def test_the_peak_counts_what_was_freed_again():

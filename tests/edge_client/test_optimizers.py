@@ -30,7 +30,7 @@ def follow(settings, rate, count, seed, steps=20):
     random = np.random.default_rng(seed)
     parameters = random.normal(size=count).astype(np.float32)
     theirs = torch.nn.Parameter(torch.from_numpy(parameters.copy()))
-    reference, ours = torch_optimizer(settings, theirs, rate), make_optimizer(settings, count, rate)
+    reference, ours = torch_optimizer(settings, theirs, rate), make_optimizer(settings.model_dump(), count, rate)
     for _ in range(steps):
         gradient = random.normal(size=count).astype(np.float32)
         before = gradient.copy()

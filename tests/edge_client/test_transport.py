@@ -1,5 +1,6 @@
 """Retries, refusals and downloads, against functions instead of a network and a clock that nobody waits for."""
 
+import errno
 from base64 import b64encode
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,6 +13,7 @@ import pytest
 
 from edge_client.blobs import BlobCache
 from edge_client.transport import Transport
+from lamina.compression import compress
 from lamina.errors import (
     ConfigError,
     DiskFullError,
@@ -180,6 +182,28 @@ def test_an_update_carries_its_digest_its_report_and_the_token(connect):
     assert request.headers["Authorization"] == "Bearer secret-token"
 
 
+def test_a_compressed_update_is_streamed_from_its_file_and_again_after_trouble(connect, tmp_path):
+    path, seen = tmp_path / "update.zst", []
+    path.write_bytes(BLOB)
+
+    def handle(request):
+        seen.append((request.read(), request.headers))
+        return httpx.Response(503) if len(seen) == 1 else answer(Accepted(run="r", stage=1, round=2))
+
+    report = TrainReport(
+        num_examples=3, loss=0.5, train_seconds=1, peak_bytes=4, bytes_down=5, bytes_up=6, upload_encoding="int8"
+    )
+    transport = connect(handle)
+    transport.put_update("r", 1, 2, path, report, "zstd")
+    assert transport.bytes_up == 2 * len(BLOB)
+    for body, headers in seen:
+        assert body == BLOB
+        assert headers["Content-Encoding"] == "zstd"
+        assert headers["Content-Length"] == str(len(BLOB)) and "Transfer-Encoding" not in headers
+        assert headers["Content-Digest"] == f"sha-256=:{b64encode(sha256(BLOB).digest()).decode()}:"
+        assert TrainReport.model_validate_json(headers["Lamina-Report"]) == report
+
+
 def test_bodies_are_counted_in_both_directions_with_every_attempt(connect):
     transport = connect(scripted(httpx.Response(503, content=b"12345"), answer(WAIT)))
     transport.check_in(CHECK_IN)
@@ -196,16 +220,17 @@ def test_an_address_that_is_none_is_a_config_error(url):
 class BlobServer:
     """Serves BLOB as the wire defines it; connections are cut after `cuts` bytes in turn."""
 
-    def __init__(self, cuts=(), content=BLOB, honours_range=True):
+    def __init__(self, cuts=(), content=BLOB, honours_range=True, digest=DIGEST):
         self.cuts, self.content, self.honours_range, self.ranges = list(cuts), content, honours_range, []
+        self.tag = f'"{digest}"'
 
     def __call__(self, request):
         asked = request.headers.get("Range")
         self.ranges.append(asked)
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and self.honours_range else 0
-        headers = {"ETag": f'"{DIGEST}"'}
+        headers = {"ETag": self.tag}
         if asked and self.honours_range:
-            assert request.headers["If-Range"] == f'"{DIGEST}"'
+            assert request.headers["If-Range"] == self.tag
             if start >= len(self.content):
                 return httpx.Response(416, headers=headers | {"Content-Range": f"bytes */{len(self.content)}"})
             headers["Content-Range"] = f"bytes {start}-{len(self.content) - 1}/{len(self.content)}"
@@ -303,6 +328,62 @@ def test_a_blob_longer_than_it_can_be_is_stopped_on_the_way(cache, tmp_path):
     with pytest.raises(HashMismatchError, match="longer than the 1000 bytes"):
         cache(BlobServer()).get(DIGEST, max_bytes=1000)
     assert list((tmp_path / "blobs").iterdir()) == []
+
+
+class Compressed:
+    """A server of two blobs: BLOB and its compressed form, or what a test puts in its place."""
+
+    def __init__(self, packed, cuts=()):
+        self.packed, self.asked = hash_bytes(packed), []
+        self.servers = {DIGEST: BlobServer(), self.packed: BlobServer(cuts, packed, digest=self.packed)}
+
+    def __call__(self, request):
+        digest = request.url.path.rpartition("/")[2]
+        self.asked.append(digest)
+        return self.servers[digest](request)
+
+
+def test_a_blob_is_fetched_in_its_compressed_form_which_resumes_like_any_other(cache, tmp_path):
+    packed = compress(BLOB, "zstd")
+    server = Compressed(packed, cuts=[100, 50])
+    blobs = cache(server)
+    assert blobs.get(DIGEST, len(BLOB), server.packed, "zstd").read_bytes() == BLOB
+    assert server.asked == [server.packed] * 3
+    assert server.servers[server.packed].ranges == [None, "bytes=100-", "bytes=150-"]
+    assert blobs._transport.bytes_down == len(packed) < len(BLOB)
+    assert [path.name for path in (tmp_path / "blobs").iterdir()] == [DIGEST]
+    assert blobs.get(DIGEST, len(BLOB), server.packed, "zstd").read_bytes() == BLOB
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("packed", "why"),
+    [
+        (compress(BLOB[:-1] + b"!", "zstd"), "it holds sha256"),
+        (compress(BLOB + BLOB, "zstd"), "becomes 512000 bytes, at most 256000"),
+        (compress(BLOB, "zstd")[:-9], "zstd frame"),
+        (b"no frame at all", "no valid zstd frame"),
+    ],
+)
+def test_a_compressed_blob_that_does_not_give_the_file_is_done_without(cache, tmp_path, said, packed, why):
+    server = Compressed(packed)
+    assert cache(server).get(DIGEST, len(BLOB), server.packed, "zstd").read_bytes() == BLOB
+    assert server.asked == [server.packed, DIGEST]
+    assert why in said[0] and f"downloading {DIGEST[:12]} as it is" in said[0]
+    assert [path.name for path in (tmp_path / "blobs").iterdir()] == [DIGEST]
+
+
+def test_a_disk_that_fills_while_decompressing_is_named_and_the_download_goes_on_later(cache, tmp_path, monkeypatch):
+    server = Compressed(compress(BLOB, "zstd"))
+
+    def no_space(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_client.blobs.decompress_file", no_space)
+        with pytest.raises(DiskFullError):
+            cache(server).get(DIGEST, len(BLOB), server.packed, "zstd")
+    assert cache(server).get(DIGEST, len(BLOB), server.packed, "zstd").read_bytes() == BLOB
 
 
 def test_blobs_that_are_no_longer_needed_are_deleted(cache, tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_client.job import Job, ProgramFile, Rows, SegmentFile, Tensor
+from edge_client.rows import RowFile
 from lamina.manifest import LABEL, Manifest, Program, StageCost, StagePrograms
 from lamina.model import Encoder, ModelDescription, Projection, SensorWindows, Supervised
 from lamina.plan import SGD, Cohort, Plan, Training
@@ -118,6 +120,17 @@ class TinyPrograms:
     def path(self, program: Program) -> Path:
         return self.folder / program.blob
 
+    def file(self, program: Program) -> ProgramFile:
+        """The program as a job names it."""
+        return ProgramFile(
+            path=str(self.path(program)),
+            blob=program.blob,
+            role=program.role,
+            weights=program.weights,
+            inputs=tensors(program.inputs),
+            max_batch=program.max_batch,
+        )
+
     def bundle(self, engine: str, rounds: int = 1, **training) -> tuple[Manifest, dict[str, bytes]]:
         """Manifest and all blobs of a layer-wise run of the tiny model for one engine."""
         settings = {"batch_size": MAX_BATCH, "local_epochs": 2, "optimizer": SGD(momentum=0.5)}
@@ -169,6 +182,51 @@ class TinyPrograms:
             versions={},
         )
         return manifest, blobs | {manifest.digest: manifest.to_json()}
+
+
+def tensors(specs) -> tuple[Tensor, ...]:
+    return tuple(Tensor(spec.name, spec.shape, spec.dtype) for spec in specs)
+
+
+def segment_file(name: str, path: Path) -> SegmentFile:
+    return SegmentFile(name, str(path), tensors(make_segment(name).tensors))
+
+
+def rows_of(file: RowFile) -> Rows:
+    return Rows(str(file.path), file.offset, file.source, file.identity)
+
+
+def make_job(**changes) -> Job:
+    """A training job of the tiny model without files; the parts that a test is about are changed."""
+    facts = {
+        "phase": "train",
+        "run": "r",
+        "stage": 0,
+        "round": 0,
+        "device": "attic",
+        "engine": "onnxruntime",
+        "seed": 7,
+        "objective": "supervised",
+        "limits": {"label": CLASSES},
+        "batch_size": MAX_BATCH,
+        "micro_batch": MAX_BATCH,
+        "local_epochs": 1,
+        "learning_rate": 0.1,
+        "optimizer": SGD(momentum=0.9).model_dump(),
+        "upload_encoding": "fp32",
+        "upload_compression": "none",
+        "programs": {},
+        "active": (),
+        "features": (),
+        "keep_keys": (),
+        "feature_encoding": "fp32",
+        "feature_folder": "",
+        "stored_examples": 0,
+        "label": None,
+        "examples": 21,
+        "work_folder": "",
+    }
+    return Job(**(facts | changes))
 
 
 def make_data(path: Path, train: int = 21, test: int = 10, seed: int = 0) -> Path:

@@ -1,7 +1,11 @@
 """The whole house over real processes: different engines in one round, and kill -9 of either side in the middle of one."""
 
+import os
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 from typer.testing import CliRunner
 
@@ -104,6 +108,40 @@ def test_a_device_killed_in_the_middle_of_training_goes_on_to_the_same_weights(
     after = house.finish(run)
 
     assert after.weights == undisturbed.weights
+
+
+def test_a_training_process_that_dies_is_a_failed_attempt_and_the_run_ends_with_the_same_weights(
+    make_house: MakeHouse, undisturbed: RunStatus
+) -> None:
+    """A crash of the runtime, an abort, and what the kernel does when memory runs out; each in another round."""
+    house = make_house("trainer-killed")
+    house.start_coordinator()
+    run = house.publish()
+    for index in range(len(ENGINES)):
+        house.start_device(index)
+    for round, number in enumerate((signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL)):
+        house.wait_until(lambda round=round: len(house.status(run).rounds) > round, f"round {round} has begun")  # type: ignore[misc]
+        house.wait_until(lambda: bool(_trainers(house.folder / "device-0")), "device-0 trains")
+        for process in _trainers(house.folder / "device-0"):
+            os.kill(process, number)
+    after = house.finish(run)
+
+    assert after.weights == undisturbed.weights
+    log = (house.folder / "device-0.log").read_text()
+    for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL):
+        assert f"failed, it was ended by {number.name}" in log
+
+
+def _trainers(state: Path) -> list[int]:
+    """Training processes of the device with this state folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+                if b"edge_client.trainer" in words and str(state / "work").encode() in words:
+                    found.append(int(entry.name))
+    return found
 
 
 def _updates(status: RunStatus) -> int:

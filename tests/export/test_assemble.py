@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from export.assemble import assemble, attached_model
 from export.cut import describe_segment
 from export.models import build_model
+from lamina.bundle import hash_file
 from lamina.cli.main import app
 from lamina.errors import ConfigError, ParityError, TensorFileError
 from lamina.manifest import Manifest
@@ -142,3 +143,18 @@ def test_command_line_from_plan_to_model(tmp_path, monkeypatch):
     assert {path.name for path in (tmp_path / "m").iterdir()} == {
         f"model.{kind}" for kind in ("pt", "safetensors", "onnx", "pte", "json")
     }
+
+
+def test_the_command_line_reports_the_error_of_an_int8_prefix(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "programs"))
+    model = describe(AUDIO.model_copy(update={"layers": 2}))
+    (tmp_path / "plan.json").write_bytes(plan_of(model, prefix_precision="int8", micro_batch=2).to_json())
+    np.savez(tmp_path / "s.npz", train_audio=np.ones((5, *AUDIO.input.shape), np.float32))
+    arguments = ["export", str(tmp_path / "plan.json"), "--engine", "torch", "--jobs", "1", "--sample"]
+    done = CliRunner().invoke(app, [*arguments, str(tmp_path / "s.npz"), "--out", str(tmp_path / "b")])
+    assert done.exit_code == 0, done.output
+    assert "batch 4 in micro-batches of 2" in done.output
+    assert "int8 prefix on torch: features off by 0." in done.output
+    assert f"and data {hash_file(tmp_path / 's.npz')[:12]}" in done.output

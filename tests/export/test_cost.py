@@ -59,6 +59,20 @@ def test_bytes_are_those_of_the_files(manifest):
         assert cost.frozen_bytes == sum(files[name] for name in stage.frozen)
 
 
+def test_bytes_of_a_round_follow_the_encodings(tmp_path, manifest):
+    down, up = "int8", "fp16"
+    plan = plan_of(download_encoding=down, upload_encoding=up)
+    stage, tensors = plan.stages[1], {}
+    for name in stage.active:
+        parameters = model_of().segments()[name].named_parameters()
+        tensors[name] = {key: value.detach().numpy() for key, value in parameters}
+    update = {f"{name}/{key}": value for name, values in tensors.items() for key, value in values.items()}
+    cost = export_tiny(tmp_path / "b", tmp_path / "programs", plan=plan).stages[1].cost
+    assert cost.round_bytes_down == sum(len(encode(values, down)) for values in tensors.values())
+    assert cost.round_bytes_up == len(encode(update, up))
+    assert cost.frozen_bytes < manifest.stages[1].cost.frozen_bytes
+
+
 def test_programs_are_paid_in_the_stage_that_first_uses_them(manifest):
     sizes = manifest.blobs
     first, second, third = manifest.stages

@@ -1,5 +1,7 @@
 """Graphs carry no weights, do not know their place in the model, and are refused if engines would disagree on them."""
 
+from io import BytesIO
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,10 @@ from torch import nn
 from export.cut import cut_stage, example_inputs, find_segments
 from export.decompositions import LEAN
 from export.joint import joint_graph
+from export.lower_torch import lower_torch
+from export.parity import check_parity
 from export.trace import forward_graph, graph_text
+from export.worker import lower
 from lamina.errors import CutError
 from tests.export.tiny import LAYERS, ONE, TOKENS, TWO, WIDTH, model_of, plan_of
 
@@ -81,3 +86,16 @@ def test_own_backward_formulas_equal_those_of_torch(batch):
         (aten.nll_loss_backward.default, (scalar, logp, target, None, 1, -100, count)),
     ):
         torch.testing.assert_close(LEAN[operation](*arguments), operation(*arguments))
+
+
+def through_a_file(graph):
+    """The graph as a lowering process gets it."""
+    return torch.export.load(BytesIO(lower_torch(graph)))
+
+
+def test_an_executorch_program_for_at_most_two_samples_takes_one():
+    pytest.importorskip("executorch")
+    layer, x = find_segments(model_of(), ONE)["audio.layers.0"], torch.randn(2, TOKENS, WIDTH)
+    two, four = (lower("executorch", through_a_file(forward_graph(layer, (x,), size))) for size in (2, 4))
+    check_parity(two.data, "executorch", "frozen", "the layer", layer, (x,))
+    assert four.arena_bytes / two.arena_bytes == pytest.approx(2, rel=0.05)

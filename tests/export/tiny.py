@@ -8,7 +8,7 @@ from torch import nn
 from export.bundle import export_bundle
 from export.models import MultimodalModel, build_model
 from lamina.manifest import EngineName, Manifest
-from lamina.model import AudioFrames, Encoder, ModelDescription, Projection, SensorWindows, Supervised
+from lamina.model import AudioFrames, Contrastive, Encoder, ModelDescription, Projection, SensorWindows, Supervised
 from lamina.plan import Plan, Training
 from lamina.strategies import make_stages
 
@@ -28,6 +28,9 @@ def describe(*encoders: Encoder) -> ModelDescription:
 
 
 ONE, TWO = describe(AUDIO), describe(AUDIO, MOTION)
+# Two layers each: what a second stage adds can be seen, and tracing is quick.
+SHALLOW = describe(*(encoder.model_copy(update={"layers": 2}) for encoder in TWO.encoders))
+PAIR = SHALLOW.model_copy(update={"objective": Contrastive(temperature=0.1)})
 
 
 def plan_of(model: ModelDescription = ONE, strategy: str = "layerwise", **training: object) -> Plan:

@@ -1,0 +1,200 @@
+"""A job: everything that one piece of work on the device needs, as plain JSON and files whose content was verified.
+
+The process that talks to the coordinator writes it, and ends. The process that trains reads it: no pydantic, no HTTP, no
+hashing, so that training has the memory to itself.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+from lamina.compression import Compression
+from lamina.names import EngineName, Precision, Role
+from lamina.tensors import Encoding
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def count(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ProgramFile:
+    """A program and where it lies (`lamina.manifest.Program`)."""
+
+    path: str
+    blob: str
+    role: Role
+    weights: tuple[tuple[int, ...], ...]
+    inputs: tuple[Tensor, ...]
+    max_batch: int
+    precision: Precision = "fp32"
+
+
+@dataclass(frozen=True)
+class SegmentFile:
+    """A segment's weights, a tensor file."""
+
+    name: str
+    path: str
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class FrozenStep:
+    """One segment of a frozen prefix. `limit` is the exclusive bound of an integer input, None for features.
+
+    Both files have an empty path where the features behind this step are on disk, so that it does not have to run.
+    """
+
+    segment: SegmentFile
+    program: ProgramFile
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An array in a file: `offset` is where its .npy header starts, `identity` that of the file (`edge_client.rows`)."""
+
+    path: str
+    offset: int
+    source: str
+    identity: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of the rows (`lamina.plan.Augmentation`); `axes` are those of one row that may be shifted."""
+
+    axes: tuple[int, ...]
+    shift: int
+    noise: float
+    flip: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """One modality's way to the active segments: its rows, the frozen steps, and the cache key after each of them.
+
+    `keys` has one list for each view. `row_shape` is that of a frozen segment's features for one example: tokens, width.
+    """
+
+    modality: str
+    rows: Rows
+    row_shape: tuple[int, ...]
+    steps: tuple[FrozenStep, ...]
+    keys: tuple[tuple[str, ...], ...]
+    augmentation: Augmentation | None = None
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """How the trainer keeps the device's place in the round: the check-in that it repeats. The token is in a private file."""
+
+    url: str
+    body: str
+    token_file: str
+    lease_seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One phase of one round."""
+
+    phase: Literal["train", "evaluate"]
+    run: str
+    stage: int
+    round: int
+    device: str
+    engine: EngineName
+    seed: int
+    objective: Literal["supervised", "contrastive"]
+    limits: dict[str, int]
+    batch_size: int
+    micro_batch: int
+    local_epochs: int
+    learning_rate: float
+    optimizer: dict[str, Any]
+    upload_encoding: Encoding
+    upload_compression: Compression
+    programs: dict[Role, ProgramFile]
+    active: tuple[SegmentFile, ...]
+    features: tuple[FeaturePlan, ...]
+    keep_keys: tuple[tuple[str, ...], ...]
+    """Cache keys, deepest last; of each tuple the deepest file that exists is kept, and nothing else."""
+    feature_encoding: str
+    feature_folder: str
+    stored_examples: int
+    """So many of the examples have their features on disk; those of the others are computed when they are needed."""
+    label: Rows | None
+    examples: int
+    work_folder: str
+    heartbeat: Heartbeat | None = field(default=None)
+
+    @property
+    def where(self) -> str:
+        return f"stage {self.stage}, round {self.round}"
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def read(path: Path) -> "Job":
+        return _job(json.loads(path.read_bytes()))
+
+
+def _job(value: dict[str, Any]) -> Job:
+    heartbeat, label = value.pop("heartbeat"), value.pop("label")
+    return Job(
+        programs={role: _program(program) for role, program in value.pop("programs").items()},
+        active=tuple(_segment(segment) for segment in value.pop("active")),
+        features=tuple(_features(plan) for plan in value.pop("features")),
+        keep_keys=tuple(tuple(keys) for keys in value.pop("keep_keys")),
+        heartbeat=Heartbeat(**heartbeat) if heartbeat else None,
+        label=_rows(label) if label else None,
+        **value,
+    )
+
+
+def _tensors(values: list[dict[str, Any]]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(value["name"], tuple(value["shape"]), value["dtype"]) for value in values)
+
+
+def _program(value: dict[str, Any]) -> ProgramFile:
+    shapes = tuple(tuple(shape) for shape in value.pop("weights"))
+    return ProgramFile(weights=shapes, inputs=_tensors(value.pop("inputs")), **value)
+
+
+def _segment(value: dict[str, Any]) -> SegmentFile:
+    return SegmentFile(value["name"], value["path"], _tensors(value["tensors"]))
+
+
+def _features(value: dict[str, Any]) -> FeaturePlan:
+    return FeaturePlan(
+        modality=value["modality"],
+        rows=_rows(value["rows"]),
+        row_shape=tuple(value["row_shape"]),
+        steps=tuple(FrozenStep(_segment(s["segment"]), _program(s["program"]), s["limit"]) for s in value["steps"]),
+        keys=tuple(tuple(keys) for keys in value["keys"]),
+        augmentation=_augmentation(value["augmentation"]) if value["augmentation"] else None,
+    )
+
+
+def _rows(value: dict[str, Any]) -> Rows:
+    return Rows(value["path"], value["offset"], value["source"], tuple(value["identity"]))
+
+
+def _augmentation(value: dict[str, Any]) -> Augmentation:
+    return Augmentation(axes=tuple(value.pop("axes")), **value)

@@ -1,0 +1,101 @@
+"""The parent of a device's processes: it holds almost nothing, and outlives whatever happens to them.
+
+    talk     edge_client.device    checks in, downloads, uploads; ends with status 75 when a job is ready
+    train    edge_client.trainer   does the job, leaves its outcome, and ends
+
+The two never run at the same time, so that training has the memory of the device to itself. A trainer that dies, by a
+fault of the runtime or by the kernel's out-of-memory killer, is one failed attempt: it is written down, and the talking
+process reports it and decides what next. Run as a file in Python's isolated mode, this takes 5 MiB and imports none of
+lamina.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from types import FrameType
+from typing import IO, Any
+
+WORK_STATUS = 75  # as edge_client.outcome, which is too much to import here
+_child = 0
+_is_stopping = False
+
+
+def main() -> int:
+    options: dict[str, Any] = json.loads(sys.argv[1])
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    os.makedirs(options["state"], mode=0o700, exist_ok=True)  # noqa: PTH103 (pathlib is 1 MiB)
+    lock = _lock(options["state"])
+    if lock is None:
+        _say(f"error [config]: another process uses {options['state']}; give each device its own --state folder")
+        return 1
+    work = os.path.join(options["state"], "work")  # noqa: PTH118
+    status = _run("edge_client.trainer", "--check", options["engine"])
+    while not status and not _is_stopping:
+        status = _run("edge_client.device", json.dumps(options))
+        if status != WORK_STATUS or _is_stopping:
+            break
+        options["has_worked"] = True
+        outcome = _run("edge_client.trainer", work)
+        status = 0
+        if outcome and not _is_stopping:
+            _write_down(work, _describe(outcome))
+    if _is_stopping:
+        _say("stopped; run the same command to go on where this device was")
+        return 0
+    return status if status >= 0 else 128 - status
+
+
+def _run(module: str, *arguments: str) -> int:
+    """Exit status of a process; the negative number of the signal that ended it."""
+    global _child
+    command = [sys.executable, "-P", "-m", module, *arguments]
+    _child = os.posix_spawn(sys.executable, command, os.environ)
+    if _is_stopping:
+        os.kill(_child, signal.SIGTERM)
+    _, status = os.waitpid(_child, 0)
+    _child = 0
+    return os.waitstatus_to_exitcode(status)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    global _is_stopping
+    _is_stopping = True
+    if _child:
+        os.kill(_child, signal.SIGTERM)
+
+
+def _lock(state: str) -> IO[str] | None:
+    """The lock ends with this process, however that ends."""
+    file = open(os.path.join(state, "lock"), "w")  # noqa: PTH118, PTH123, SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _describe(status: int) -> str:
+    if status >= 0:
+        return f"it ended with status {status}"
+    killed = " (when nobody sent it, the kernel did for want of memory)" if status == -signal.SIGKILL else ""
+    return f"it was ended by {signal.Signals(-status).name}{killed}"
+
+
+def _write_down(work: str, how: str) -> None:
+    path = os.path.join(work, "outcome.json")  # noqa: PTH118
+    with open(path + ".partial", "w") as file:  # noqa: PTH123
+        json.dump({"kind": "died", "how": how}, file)
+    os.replace(path + ".partial", path)  # noqa: PTH105
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

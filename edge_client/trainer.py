@@ -1,0 +1,113 @@
+"""The process that trains: reads one job, does it, leaves its outcome, and ends.
+
+    python -m edge_client.trainer WORK_FOLDER
+    python -m edge_client.trainer --check ENGINE
+
+Whatever the runtime does, an abort, a segmentation fault, the kernel's out-of-memory killer, ends this process alone.
+"""
+
+import signal
+import sys
+from pathlib import Path
+
+from edge_client.engines import load_engine
+from edge_client.engines.base import Engine, LoadedProgram
+from edge_client.feature_cache import FeatureCache, FeaturesLostError
+from edge_client.heartbeat import Lease
+from edge_client.job import Job, ProgramFile
+from edge_client.memory import die_with_parent, offer_to_the_memory_killer, peak_bytes
+from edge_client.outcome import JOB, UPDATE, write_outcome
+from edge_client.progress import Say, say
+from edge_client.rows import RowFile, RowSource
+from edge_client.stage_model import StageModel
+from edge_client.train import Evaluated, Inputs, Trained, evaluate, shuffler, train_round
+from lamina.errors import LaminaError, shown
+from lamina.tensors import encode
+
+
+def do_job(job: Job, say: Say = say, lease: Lease | None = None) -> None:
+    """Does a job and writes its outcome; an error that lamina names is an outcome as well."""
+    folder = Path(job.work_folder)
+    lease = lease or Lease(job, say)
+    try:
+        engine = load_engine(job.engine)
+        views = features(job, engine, say, lease)
+        model = stage_model(job, engine)
+        try:
+            result = work(model, views, job, say, lease)
+        finally:
+            model.close()
+        if isinstance(result, Evaluated):
+            write_outcome(folder, "evaluated", **vars(result))
+            return
+        model.subtract_weights()
+        (folder / UPDATE).write_bytes(update_file(model, job))
+        write_outcome(folder, "trained", **vars(result), peak_bytes=peak_bytes())
+    except FeaturesLostError as error:
+        write_outcome(folder, "again", reason=f"features of {error} have to be made again")
+    except LaminaError as error:
+        write_outcome(folder, "error", code=error.code, message=error.message)
+
+
+def features(job: Job, engine: Engine, say: Say, lease: Lease) -> list[Inputs]:
+    """The inputs of the active segments, one for each view; what is not on disk is computed now, before the model is there."""
+    cache = FeatureCache(Path(job.feature_folder), engine, job.feature_encoding, say)
+    cache.keep_only(job.keep_keys)
+    label = job.label
+    views: list[Inputs] = []
+    for view in range(max((len(plan.keys) for plan in job.features), default=1)):
+        inputs: dict[str, RowSource] = {
+            plan.modality: cache.rows(plan, view % len(plan.keys), job.stored_examples, lease.keep)
+            for plan in job.features
+            if job.examples
+        }
+        if label is not None:
+            inputs["label"] = RowFile(Path(label.path), label.offset, label.source, label.identity)
+        views.append(inputs)
+    cache.keep_only(job.keep_keys)
+    return views
+
+
+def stage_model(job: Job, engine: Engine) -> StageModel:
+    def open_program(program: ProgramFile) -> LoadedProgram:
+        return engine.load(Path(program.path), program)
+
+    model = StageModel(job.where, job.active, job.programs, job.limits, job.micro_batch, open_program)
+    model.load_weights()
+    return model
+
+
+def work(model: StageModel, views: list[Inputs], job: Job, say: Say, lease: Lease) -> Trained | Evaluated:
+    if job.phase == "train":
+        return train_round(model, views, job, say, lease.keep)
+    return evaluate(model, views[0], job, say, lease.keep)
+
+
+def update_file(model: StageModel, job: Job) -> bytes:
+    """The parameters as a tensor file. int8 is rounded up or down by chance, so that the mean over devices is exact."""
+    if job.upload_encoding != "int8":
+        return encode(model.tensors(), job.upload_encoding)
+    import numpy as np
+
+    random = np.random.Generator(np.random.Philox(key=shuffler(job).getrandbits(128)))
+    return encode(model.tensors(), "int8", random)
+
+
+def main() -> int:
+    """Status 1 if `--check ENGINE` finds that the engine cannot run here; a job's own errors are in its outcome."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.argv[1] == "--check":
+        try:
+            load_engine(sys.argv[2])  # type: ignore[arg-type]
+        except LaminaError as error:
+            sys.stderr.write(shown(error))
+            return 1
+        return 0
+    offer_to_the_memory_killer()
+    do_job(Job.read(Path(sys.argv[1]) / JOB))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The programs of a bundle: which ones its stages need, each graph traced, lowered and checked once.
+
+A graph that was seen before, in this bundle or in the cache, is neither lowered nor checked again; so layer-wise stages
+after the first share their programs, and equal frozen layers of all modalities share one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from export import lower_executorch, lower_onnx, lower_torch
+from export.cache import ProgramCache, program_key
+from export.cost import peak_live_bytes
+from export.cut import StageCut, embedding, example_inputs, features, raw_input
+from export.frozen import frozen_graph, segment_precision
+from export.joint import backward_graph, joint_graph, loss_graph
+from export.objectives import ContrastiveLoss
+from export.parity import check_parity
+from export.trace import Arrays, example_batch, forward_graph, graph_text
+from export.worker import LoweredProgram
+from lamina.manifest import EngineName, Precision, Program, Role, gradient_input
+from lamina.model import Contrastive
+from lamina.plan import Plan, Stage
+from lamina.segments import TensorSpec
+
+Start = Callable[[EngineName, ExportedProgram], Callable[[], LoweredProgram]]
+Keys = dict[EngineName, str]
+"""Cache key of a program, by engine."""
+FROZEN_INPUT = "x"
+
+_FORMATS: dict[EngineName, int] = {
+    "executorch": lower_executorch.FORMAT,
+    "onnxruntime": lower_onnx.FORMAT,
+    "torch": lower_torch.FORMAT,
+}
+
+
+def needs_embeddings(plan: Plan) -> bool:
+    """Whether a stage's step is embed, loss, backward (`lamina.manifest`) instead of one program on the whole batch."""
+    is_contrastive = isinstance(plan.model.objective, Contrastive)
+    return is_contrastive and plan.training.samples_in_memory < plan.training.batch_size
+
+
+@dataclass
+class _Wanted:
+    """A program that the bundle needs. `lowered` waits for its bytes."""
+
+    engine: EngineName
+    role: Role
+    name: str
+    graph: ExportedProgram  # of the values between inputs and outputs: for torch the joint graph, whatever the file holds
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    example: Arrays
+    max_batch: int
+    precision: Precision
+    lowered: Callable[[], LoweredProgram]
+    is_new: bool
+
+
+@dataclass
+class ProgramSet:
+    """Collects the programs of a bundle by cache key. `versions` are, by engine, those of the packages that lower for it."""
+
+    plan: Plan
+    versions: dict[EngineName, dict[str, str]]
+    cache: ProgramCache
+    start: Start
+    wanted: dict[str, _Wanted] = field(default_factory=dict)
+    lowered: dict[str, LoweredProgram] = field(default_factory=dict)
+    """Filled by `finish`."""
+    joint_of: dict[str, ExportedProgram] = field(default_factory=dict)  # by the text of the forward graph it is made from
+
+    @property
+    def micro_batch(self) -> int:
+        return self.plan.training.samples_in_memory
+
+    def add_stage(self, stage: Stage, cut: StageCut) -> tuple[Keys, Keys]:
+        """Keys of the stage's training and evaluation programs."""
+        if needs_embeddings(self.plan):
+            return self._add_embedding_stage(stage, cut)
+        example = self._example(cut.inputs)
+        forward = forward_graph(cut.module, example, self.micro_batch)
+        names = [spec.name for spec in cut.weights]
+        joint = self._joint(forward, lambda: joint_graph(forward, cut.module, names, example, self.micro_batch))
+        train, evaluation = self._label("train", stage), self._label("eval", stage)
+        return (
+            self._add("train", train, joint, cut.module, cut.inputs, example, for_torch=forward),
+            self._add("eval", evaluation, forward, cut.module, cut.inputs, example),
+        )
+
+    def add_loss(self) -> Keys:
+        """Keys of the contrastive loss of a whole batch. It takes 1..batch_size samples: no operation of it asks for more."""
+        objective, batch = self.plan.model.objective, self.plan.training.batch_size
+        assert isinstance(objective, Contrastive)
+        module = ContrastiveLoss(objective)
+        inputs = tuple(embedding(self.plan.model, modality) for modality in self.plan.model.modalities)
+        example = example_inputs(self.plan.model, inputs, example_batch(batch))
+        forward = forward_graph(module, example, batch)
+        graph = loss_graph(forward, example, batch)
+        return self._add("loss", "the loss program", graph, module, inputs, example, for_torch=forward, max_batch=batch)
+
+    def add_frozen(self, name: str, module: nn.Module) -> Keys:
+        """Keys of the program of one frozen segment."""
+        encoder = self.plan.model.encoder(name.split(".")[0])
+        spec = raw_input(encoder) if name.endswith(".stem") else features(encoder)
+        example = self._example((spec,))
+        precision = segment_precision(self.plan, name)
+        graph = frozen_graph(module, example, self.micro_batch, precision)
+        # Equal layers of two modalities are one program, so its input is named for neither.
+        inputs = (spec.model_copy(update={"name": FROZEN_INPUT}),)
+        return self._add("frozen", f"the frozen program of {name}", graph, module, inputs, example, precision=precision)
+
+    def finish(self, on_progress: Callable[[int, int], None]) -> None:
+        """Waits for every program, checks the new ones against eager PyTorch, and stores them in the cache."""
+        on_progress(0, len(self.wanted))
+        for key, wanted in self.wanted.items():
+            lowered = wanted.lowered()
+            if wanted.is_new:
+                check_parity(
+                    lowered.data,
+                    wanted.engine,
+                    wanted.role,
+                    wanted.name,
+                    wanted.module,
+                    wanted.example,
+                    wanted.precision,
+                )
+                self.cache.put(key, lowered)
+            self.lowered[key] = lowered
+            on_progress(len(self.lowered), len(self.wanted))
+
+    def activation_bytes(self, key: str) -> int:
+        """Peak bytes of intermediate values at the program's largest batch (`lamina.manifest.Program`)."""
+        arena = self.lowered[key].arena_bytes
+        wanted = self.wanted[key]
+        return peak_live_bytes(wanted.graph, wanted.max_batch) if arena is None else arena
+
+    def describe(self, key: str, blob: str) -> Program:
+        wanted = self.wanted[key]
+        return Program(
+            engine=wanted.engine,
+            role=wanted.role,
+            blob=blob,
+            weights=tuple(tuple(value.shape) for value in wanted.module.parameters()),
+            inputs=wanted.inputs,
+            max_batch=wanted.max_batch,
+            precision=wanted.precision,
+            activation_bytes=self.activation_bytes(key),
+        )
+
+    def _add_embedding_stage(self, stage: Stage, cut: StageCut) -> tuple[Keys, Keys]:
+        """Keys of the stage's `backward` and `embed` programs."""
+        gradients = tuple(
+            embedding(self.plan.model, modality).model_copy(update={"name": gradient_input(modality)})
+            for modality in self.plan.model.modalities
+        )
+        inputs = cut.inputs + gradients
+        example = self._example(inputs)
+        embed_example = example[: len(cut.inputs)]
+        forward = forward_graph(cut.module, embed_example, self.micro_batch)
+        names = [spec.name for spec in cut.weights]
+        joint = self._joint(forward, lambda: backward_graph(forward, cut.module, names, example, self.micro_batch))
+        # The cut module leaves the gradients unread: they are for the torch engine, which differentiates this graph. As a
+        # graph of its own it has its own entry in the manifest, with the inputs that `backward` takes.
+        embedder = forward_graph(cut.module, example, self.micro_batch)
+        backward, embed = self._label("backward", stage), self._label("embed", stage)
+        return (
+            self._add("backward", backward, joint, cut.module, inputs, example, for_torch=embedder),
+            self._add("embed", embed, forward, cut.module, cut.inputs, embed_example),
+        )
+
+    def _add(
+        self,
+        role: Role,
+        name: str,
+        graph: ExportedProgram,
+        module: nn.Module,
+        inputs: tuple[TensorSpec, ...],
+        example: Arrays,
+        *,
+        for_torch: ExportedProgram | None = None,
+        max_batch: int | None = None,
+        precision: Precision = "fp32",
+    ) -> Keys:
+        """Starts lowering where it is needed. `for_torch` is the graph in the torch file, which autograd completes."""
+        keys: Keys = {}
+        for engine, versions in self.versions.items():
+            file_graph = for_torch if engine == "torch" and for_torch is not None else graph
+            key = program_key(graph_text(file_graph), engine, versions | {"format": str(_FORMATS[engine])})
+            keys[engine] = key
+            if key in self.wanted:
+                continue
+            known = self.cache.get(key)
+            lowered = self.start(engine, file_graph) if known is None else (lambda known=known: known)
+            self.wanted[key] = _Wanted(
+                engine=engine,
+                role=role,
+                name=name,
+                graph=graph,
+                module=module,
+                inputs=inputs,
+                example=example,
+                max_batch=max_batch or self.micro_batch,
+                precision=precision,
+                lowered=lowered,
+                is_new=known is None,
+            )
+        return keys
+
+    def _joint(self, forward: ExportedProgram, make: Callable[[], ExportedProgram]) -> ExportedProgram:
+        text = graph_text(forward)
+        if text not in self.joint_of:
+            self.joint_of[text] = make()
+        return self.joint_of[text]
+
+    def _example(self, specs: tuple[TensorSpec, ...]) -> Arrays:
+        return example_inputs(self.plan.model, specs, example_batch(self.micro_batch))
+
+    @staticmethod
+    def _label(role: Role, stage: Stage) -> str:
+        return f"the {role} program of stage {stage.index}"

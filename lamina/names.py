@@ -1,0 +1,42 @@
+"""Names that every room shares and that cost nothing to import: a device's training process loads no pydantic."""
+
+from typing import Literal, Protocol
+
+EngineName = Literal["executorch", "onnxruntime", "torch"]
+ENGINES: tuple[EngineName, ...] = ("executorch", "onnxruntime", "torch")
+Role = Literal["train", "eval", "frozen", "embed", "loss", "backward"]
+Precision = Literal["fp32", "int8"]
+LABEL = "label"  # the batch input that holds int64 classes; the other inputs are named by modality
+
+
+def gradient_input(modality: str) -> str:
+    """The input of a `backward` program that takes the gradient of the loss for a modality's embeddings, (batch, output)."""
+    return f"{modality}_gradient"
+
+
+class TensorShape(Protocol):
+    """Name, shape and dtype of a tensor: `lamina.segments.TensorSpec` in a manifest, `edge_client.job.Tensor` in a job."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def count(self) -> int: ...
+
+
+class ProgramShape(Protocol):
+    """What a runtime has to know of a program: `lamina.manifest.Program`, or `edge_client.job.ProgramFile`."""
+
+    @property
+    def role(self) -> Role: ...
+    @property
+    def weights(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def inputs(self) -> "tuple[TensorShape, ...]": ...
+    @property
+    def max_batch(self) -> int: ...
+    @property
+    def precision(self) -> Precision: ...
