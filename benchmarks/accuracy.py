@@ -6,10 +6,13 @@ Question   Final test accuracy on AV-Digits MEDIUM, layer-wise over 4 devices, o
 Method     The demo's plan and data, through real processes on ONNX Runtime. A row is the mean over seeds.
 Not shown  Larger models; seeds and settings of the demo were chosen on the same data (`benchmarks.demo_plan`).
 
-    python -m benchmarks.accuracy [--seeds 0,1,2] [--rows NAME,NAME]
+    python -m benchmarks.accuracy [--seeds 0,1,2] [--rows NAME,NAME] [--fresh]
+
+A run that stands in the results file already is not done again, unless --fresh is given.
 """
 
 import argparse
+import json
 import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,10 +25,11 @@ from benchmarks.data.av_digits import load_av_digits
 from benchmarks.demo import DemoSettings, deal_data
 from benchmarks.demo_plan import MODEL, demo_plan
 from benchmarks.federated import federated_run
-from benchmarks.results_file import write_results
+from benchmarks.results_file import RESULTS, write_results
 from lamina.plan import FeatureStore
 
 DEVICES, ROUNDS, BOUND_POINTS = 4, 18, 1.0
+RESULT = "accuracy"
 PLAIN = "plain: fp32, no cache"
 SETTINGS: dict[str, dict[str, Any]] = {
     PLAIN: {},
@@ -64,8 +68,8 @@ def accuracy(name: str, seed: int, folder: Path) -> dict[str, Any]:
     files = deal_data(*load_av_digits("medium", seed), settings, folder / "data")
     plan = demo_plan(MODEL, "layerwise", ROUNDS, 1, DEVICES, seed)
     plan = plan.model_copy(update={"training": plan.training.model_copy(update=SETTINGS[name])})
-    no_cache = ["--disk-mb", "0"] if name == PLAIN else []
-    _, status = federated_run(plan, files, ["onnxruntime"] * DEVICES, folder, no_cache)
+    join_options = ["--resident", *(["--disk-mb", "0"] if name == PLAIN else [])]
+    _, status = federated_run(plan, files, ["onnxruntime"] * DEVICES, folder, join_options)
     reports = [update.report for row in status.rounds for update in row.updates]
     return {
         "what": name,
@@ -79,34 +83,77 @@ def accuracy(name: str, seed: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--rows", default=",".join(SETTINGS))
+    parser.add_argument(
+        "--rows", default=",".join(name.replace(",", "") for name in SETTINGS), help="names without their commas"
+    )
+    parser.add_argument("--fresh", action="store_true")
     options = parser.parse_args()
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    names = [name for name in SETTINGS if any(name.startswith(wanted) for wanted in options.rows.split(","))]
+    names = [name for name in SETTINGS if any(name.replace(",", "").startswith(wanted) for wanted in options.rows.split(","))]
     console = Console()
-    rows: list[dict[str, Any]] = []
-    for seed in seeds:
-        for name in names:
+    rows: list[dict[str, Any]] = [] if options.fresh else known_rows()
+    for name in names:
+        for seed in seeds:
+            if any((row["what"], row["seed"]) == (name, seed) for row in rows):
+                continue
             with TemporaryDirectory() as folder:
                 rows.append(accuracy(name, seed, Path(folder)))
             console.print(f"seed {seed}, {name}: {rows[-1]['test_accuracy']:.4f}", highlight=False)
-    table = Table(title=f"AV-Digits MEDIUM, {DEVICES} devices, {ROUNDS} rounds, seeds {options.seeds}")
-    for heading in ("what", "accuracy", "spread", "points against plain", "MB a device"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
-    means: list[dict[str, Any]] = []
-    for name in names:
+            write_rows(rows)
+    console.print(table_of(summary(rows)))
+    console.print(f"written to {write_rows(rows)}")
+
+
+def known_rows() -> list[dict[str, Any]]:
+    path = RESULTS / f"{RESULT}.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return found
+
+
+def write_rows(rows: list[dict[str, Any]]) -> Path:
+    return write_results(RESULT, "make bench-accuracy", rows, means=summary(rows), bound_points=BOUND_POINTS)
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The mean of each setting over its seeds, and its distance from plain over the same seeds."""
+    plain = {row["seed"]: row["test_accuracy"] for row in rows if row["what"] == PLAIN}
+    means = []
+    for name in SETTINGS:
         mine = [row for row in rows if row["what"] == name]
-        values = [row["test_accuracy"] for row in mine]
-        mean = statistics.mean(values)
-        plain = next((found["test_accuracy_mean"] for found in means if found["what"] == PLAIN), None)
-        points = 100 * (mean - plain) if plain is not None else 0.0
-        means.append({"what": name, "test_accuracy_mean": mean, "points_against_plain": points})
-        moved = statistics.mean(row["bytes_both_ways"] for row in mine) / DEVICES / 1e6
-        spread = f"{min(values):.3f} to {max(values):.3f}"
-        table.add_row(name, f"{mean:.4f}", spread, f"{points:+.2f}", f"{moved:.2f}")
-    console.print(table)
-    path = write_results("accuracy", "make bench-accuracy", rows, means=means, bound_points=BOUND_POINTS, seeds=seeds)
-    console.print(f"written to {path}")
+        if not mine:
+            continue
+        paired = [row["test_accuracy"] - plain[row["seed"]] for row in mine if row["seed"] in plain]
+        means.append(
+            {
+                "what": name,
+                "seeds": [row["seed"] for row in mine],
+                "test_accuracy_mean": statistics.mean(row["test_accuracy"] for row in mine),
+                "test_accuracy_range": [min(row["test_accuracy"] for row in mine), max(row["test_accuracy"] for row in mine)],
+                "points_against_plain": 100 * statistics.mean(paired) if paired else None,
+                "bytes_both_ways_per_device": statistics.mean(row["bytes_both_ways"] for row in mine) / DEVICES,
+                "peak_bytes": max(row["peak_bytes"] for row in mine),
+            }
+        )
+    return means
+
+
+def table_of(means: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"AV-Digits MEDIUM, {DEVICES} devices, {ROUNDS} rounds")
+    for heading in ("what", "seeds", "accuracy", "range", "points against plain", "MB a device", "peak MiB"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    for row in means:
+        low, high = row["test_accuracy_range"]
+        points = row["points_against_plain"]
+        table.add_row(
+            row["what"],
+            str(len(row["seeds"])),
+            f"{row['test_accuracy_mean']:.4f}",
+            f"{low:.3f} to {high:.3f}",
+            "-" if points is None else f"{points:+.2f}",
+            f"{row['bytes_both_ways_per_device'] / 1e6:.2f}",
+            f"{row['peak_bytes'] / 2**20:.0f}",
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def run_demo(settings: DemoSettings) -> None:
             for index, file in enumerate(files):
                 name, engine = f"device-{index}", settings.engines[index % len(settings.engines)]
                 arguments = ["--data", str(file), "--name", name, "--engine", engine, "--state", str(out / "devices" / name)]
-                processes.start(name, ["join", url, *arguments, "--token-file", str(state / "enrolment.token")])
+                processes.start(name, ["join", url, *arguments, "--token-file", str(state / "enrolment.token"), "--resident"])
             others = [background.submit(_export_quietly, plan, settings) for plan in plans[1:]]
             statuses = _watch(client, runs, plans, others, processes, out, console)
             client.pull_weights(statuses[0], out / "weights")

@@ -25,6 +25,7 @@ from edge_client.memory import die_with_parent, peak_bytes
 from edge_client.outcome import FAILURES, JOB, OUTCOME, PACKED, UPDATE, WORK_STATUS, read_outcome
 from edge_client.prepare import Fetch, prepare_job
 from edge_client.progress import Say, say
+from edge_client.resident import ResidentTrainer
 from edge_client.trainer import do_job
 from edge_client.transport import Transport
 from lamina.compression import Compression, available_compressions, compress_file
@@ -52,7 +53,10 @@ _FIRST_PAUSE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Options:
-    """What `lamina join` was told. `has_worked`: a job was done since the command began."""
+    """What `lamina join` was told. `has_worked`: a job was done since the command began.
+
+    `is_resident` keeps this process and a training process between jobs, instead of one at a time.
+    """
 
     url: str
     data: str
@@ -63,6 +67,7 @@ class Options:
     run: str | None = None
     until_finished: bool = False
     disk_bytes: int | None = None
+    is_resident: bool = False
     has_worked: bool = False
 
 
@@ -196,7 +201,7 @@ class Device:
             num_examples=outcome["num_examples"],
             loss=outcome["loss"],
             train_seconds=outcome["train_seconds"],
-            peak_bytes=max(outcome["peak_bytes"], peak_bytes()) + self._supervisor_bytes(),
+            peak_bytes=self._device_bytes(outcome["peak_bytes"]),
             bytes_down=down,
             bytes_up=up,
             upload_encoding=job.upload_encoding,
@@ -289,9 +294,12 @@ class Device:
 
         return fetch
 
-    def _supervisor_bytes(self) -> int:
-        """What the supervisor holds at most; nothing where there is none."""
-        return peak_bytes(Path(f"/proc/{getppid()}/status")) if self._options.has_worked else 0
+    def _device_bytes(self, train_bytes: int) -> int:
+        """The peak of all processes at one time: the supervisor and the larger of the other two, or both where both stay."""
+        if self._options.is_resident:
+            return _supervisor_bytes() + peak_bytes() + train_bytes
+        own = max(peak_bytes(), train_bytes)
+        return own + _supervisor_bytes() if self._options.has_worked else own  # embedded: there is no supervisor
 
     def _remember_bytes(self) -> None:
         """The counters outlive this process: an update reports what its download cost."""
@@ -310,6 +318,10 @@ def _key(job: Job) -> list[Any]:
     return [job.run, job.stage, job.round, job.phase]
 
 
+def _supervisor_bytes() -> int:
+    return peak_bytes(Path(f"/proc/{getppid()}/status"))
+
+
 def _programs_of(manifest: Manifest, engine: EngineName) -> set[str]:
     return {digest for digest, program in manifest.programs.items() if program.engine == engine}
 
@@ -326,7 +338,12 @@ def main() -> int:
     try:
         with Transport(options.url) as transport:
             device = Device(options, transport, lambda: read_enrolment_token(token_file))
-            return WORK_STATUS if device.next_job() else 0
+            if not options.is_resident:
+                return WORK_STATUS if device.next_job() else 0
+            trainer = ResidentTrainer()
+            while device.next_job():
+                trainer.do_job(Path(options.state) / "work")
+            return 0
     except LaminaError as error:
         sys.stderr.write(shown(error))
         return 1

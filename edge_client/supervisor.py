@@ -42,7 +42,7 @@ def main() -> int:
         outcome = _run("edge_client.trainer", work)
         status = 0
         if outcome and not _is_stopping:
-            _write_down(work, _describe(outcome))
+            _write_down(work, describe(outcome))
     if _is_stopping:
         _say("stopped; run the same command to go on where this device was")
         return 0
@@ -79,7 +79,8 @@ def _lock(state: str) -> IO[str] | None:
     return file
 
 
-def _describe(status: int) -> str:
+def describe(status: int) -> str:
+    """How a process ended: its status, or the negative number of a signal."""
     if status >= 0:
         return f"it ended with status {status}"
     killed = " (when nobody sent it, the kernel did for want of memory)" if status == -signal.SIGKILL else ""

@@ -1,6 +1,7 @@
 """The process that trains: reads one job, does it, leaves its outcome, and ends.
 
     python -m edge_client.trainer WORK_FOLDER
+    python -m edge_client.trainer --serve          one job for each line on stdin, until it is closed (`--resident`)
     python -m edge_client.trainer --check ENGINE
 
 Whatever the runtime does, an abort, a segmentation fault, the kernel's out-of-memory killer, ends this process alone.
@@ -105,6 +106,12 @@ def main() -> int:
             return 1
         return 0
     offer_to_the_memory_killer()
+    if sys.argv[1] == "--serve":
+        for line in sys.stdin:
+            do_job(Job.read(Path(line.strip()) / JOB))
+            sys.stdout.write("done\n")
+            sys.stdout.flush()
+        return 0
     do_job(Job.read(Path(sys.argv[1]) / JOB))
     return 0
 

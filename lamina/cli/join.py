@@ -39,6 +39,14 @@ def join(
             help="Leave when no run is open any more, after at least one assignment was done; otherwise wait for the next.",
         ),
     ] = False,
+    resident: Annotated[
+        bool,
+        typer.Option(
+            "--resident",
+            help="Keep the talking and the training process between rounds: each round starts a second sooner, and the device "
+            "holds about 55 MiB more.",
+        ),
+    ] = False,
     disk_mb: Annotated[
         int | None,
         typer.Option(
@@ -68,6 +76,7 @@ def join(
             "token_file": str(token_file) if token_file else None,
             "run": run,
             "until_finished": until_finished,
+            "is_resident": resident,
             "disk_bytes": None if disk_mb is None else disk_mb * 10**6,
         }
     )

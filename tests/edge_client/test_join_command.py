@@ -39,6 +39,7 @@ def test_every_option_reaches_the_device(command, device, tmp_path):
             "token_file": str(tmp_path / "token"),
             "run": "r1",
             "until_finished": True,
+            "is_resident": False,
             "disk_bytes": 3_000_000,
         }
     ]

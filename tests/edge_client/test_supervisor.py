@@ -102,6 +102,13 @@ def test_a_device_of_processes_trains_and_finishes(start, served):
     assert first.bytes_down > 1000
 
 
+def test_a_resident_device_keeps_its_processes_and_sends_the_same(start, served, tmp_path):
+    said, status = finished(start(is_resident=True))
+    assert status == 0, said
+    assert len(served[0].updates) == 2
+    assert served[0].reports[0].peak_bytes > 80 << 20  # two processes at a time
+
+
 FAULTS = {
     "abort": ("import os; os.abort()", "SIGABRT"),
     "segmentation fault": ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
@@ -110,8 +117,8 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_the_runtime_is_reported_and_survived(start, served, tmp_path, fault):
+@pytest.mark.parametrize(("fault", "resident"), [*((fault, False) for fault in FAULTS), ("abort", True)])
+def test_a_fault_of_the_runtime_is_reported_and_survived(start, served, tmp_path, fault, resident):
     """The runtime dies in the first two jobs and works afterwards, as it might when memory is short for a while."""
     body, words = FAULTS[fault]
     counter = tmp_path / "count"
@@ -131,7 +138,7 @@ import onnxruntime
 sys.modules[__name__] = onnxruntime
 """,
     )
-    said, status = finished(start(extra_path=broken))
+    said, status = finished(start(extra_path=broken, is_resident=resident))
     assert status == 0, said
     assert served[0].steps == []
     assert f"attempt 1 failed, it was ended by {words}" in said or f"attempt 1 failed, {words}" in said

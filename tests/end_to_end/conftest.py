@@ -102,10 +102,12 @@ class House:
             return client.publish(self._bundle, self._manifest).run
 
     def start_device(self, index: int) -> None:
+        """One device keeps its processes between rounds, the other has one at a time; the results must not tell."""
         name = f"device-{index}"
         options = ["--data", str(self._data[index]), "--name", name, "--engine", ENGINES[index]]
         files = ["--state", str(self.folder / name), "--token-file", str(self.state / "enrolment.token")]
-        self._start(name, ["join", self.url, *options, *files, "--until-finished"])
+        resident = ["--resident"] if index else []
+        self._start(name, ["join", self.url, *options, *files, *resident, "--until-finished"])
 
     def kill(self, name: str) -> None:
         process = self._processes.pop(name)
