@@ -15,8 +15,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/lamina demo $(ARGS)
 
+# One thread for arithmetic in each of the two processes: more only get into each other's way on two cores.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 # The engine tests on an emulated arm64 device (docs/device.md, "Other processors"). Error 3: not run, and the output says why.
 test-arm64: $(VENV)/.ready
