@@ -40,8 +40,13 @@ bench: bench-engines bench-memory bench-transfers bench-reductions bench-accurac
 bench-engines: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.engines
 
+# Without ExecuTorch for the pair: lowering its 18 blocks end to end takes a quarter of an hour.
 bench-memory: $(VENV)/.ready
-	$(BIN)/lamina bench memory --workload vit12,pair --output benchmarks/results/memory.json
+	$(BIN)/lamina bench memory --workload vit12 --engine eager,onnxruntime,executorch --micro-batch 1 --steps 3 \
+		--output benchmarks/results/memory.json
+	$(BIN)/lamina bench memory --workload pair --engine eager,onnxruntime --case full,cut,+micro --steps 2 \
+		--output benchmarks/results/memory-pair.json
+	$(BIN)/python -m benchmarks.client_memory
 	$(BIN)/python -m benchmarks.demo_memory
 
 bench-transfers: $(VENV)/.ready

@@ -76,7 +76,6 @@ def accuracy(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "seed": seed,
         "test_accuracy": status.rounds[-1].test_accuracy,
         "bytes_both_ways": sum(report.bytes_down + report.bytes_up for report in reports),
-        "peak_bytes": max(report.peak_bytes for report in reports),
     }
 
 
@@ -131,7 +130,6 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "test_accuracy_range": [min(row["test_accuracy"] for row in mine), max(row["test_accuracy"] for row in mine)],
                 "points_against_plain": 100 * statistics.mean(paired) if paired else None,
                 "bytes_both_ways_per_device": statistics.mean(row["bytes_both_ways"] for row in mine) / DEVICES,
-                "peak_bytes": max(row["peak_bytes"] for row in mine),
             }
         )
     return means
@@ -139,7 +137,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table_of(means: list[dict[str, Any]]) -> Table:
     table = Table(title=f"AV-Digits MEDIUM, {DEVICES} devices, {ROUNDS} rounds")
-    for heading in ("what", "seeds", "accuracy", "range", "points against plain", "MB a device", "peak MiB"):
+    for heading in ("what", "seeds", "accuracy", "range", "points against plain", "MB a device"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for row in means:
         low, high = row["test_accuracy_range"]
@@ -151,7 +149,6 @@ def table_of(means: list[dict[str, Any]]) -> Table:
             f"{low:.3f} to {high:.3f}",
             "-" if points is None else f"{points:+.2f}",
             f"{row['bytes_both_ways_per_device'] / 1e6:.2f}",
-            f"{row['peak_bytes'] / 2**20:.0f}",
         )
     return table
 
