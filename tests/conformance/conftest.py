@@ -3,6 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_client.engines import load_engine
+from lamina.errors import EngineMissingError
+from lamina.manifest import ENGINES
+
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -15,3 +19,11 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def program_cache(shared_folder: Path) -> Path:
     """`$LAMINA_CACHE` where it is set, so that a repeated run need not lower again."""
     return Path(os.environ.get("LAMINA_CACHE") or shared_folder / "programs")
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request):
+    try:
+        return load_engine(request.param)
+    except EngineMissingError as error:
+        pytest.skip(error.message)

@@ -12,7 +12,6 @@ from edge_client.train import reader
 from edge_client.trainer import features, stage_model
 from export.cut import cut_stage, find_segments
 from export.models import build_model
-from lamina.errors import EngineMissingError
 from lamina.manifest import ENGINES
 from tests.small_plans import CONTRASTIVE_MICRO, SUPERVISED_MICRO, shared_bundle
 
@@ -22,14 +21,6 @@ PLANS = {"supervised": SUPERVISED_MICRO} | {f"contrastive-{size}": plan for size
 class NoLease:
     def keep(self):
         pass
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request):
-    try:
-        return load_engine(request.param)
-    except EngineMissingError as error:
-        pytest.skip(error.message)
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from edge_client.engines import load_engine
 from export.cut import example_inputs, find_segments, raw_input
 from export.models import MultimodalModel, build_model
 from export.objectives import apply_objective
 from lamina.bundle import blob_path
-from lamina.errors import EngineMissingError
 from lamina.manifest import ENGINES, LABEL, Manifest, gradient_input
 from lamina.plan import Stage
 from lamina.quantize import dequantize_rows, frozen_weights
@@ -25,14 +23,6 @@ from tests.small_plans import CONTRASTIVE_MICRO, INT8_PREFIX, MAX_BATCH, PLANS, 
 TOLERANCE = 1e-5
 BATCHES = (1, MAX_BATCH - 1, MAX_BATCH)
 LABELS = TensorSpec(name=LABEL, shape=(), dtype="int64")
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request):
-    try:
-        return load_engine(request.param)
-    except EngineMissingError as error:
-        pytest.skip(error.message)
 
 
 @pytest.fixture(params=PLANS)
