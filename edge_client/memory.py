@@ -31,14 +31,20 @@ def give_back_free_memory() -> None:
             trim(0)
 
 
+PARENT = "LAMINA_PARENT"
+"""Who starts a process of the device writes its own number into this variable of the environment."""
+
+
 def die_with_parent() -> None:
-    """This process is killed when the one that started it ends, however that ends; Linux alone can do this."""
-    parent = os.getppid()
+    """This process is killed when the one that started it ends, however that ends; Linux alone can do this.
+
+    The parent may be gone before this is called: then somebody else has become the parent, which its number tells.
+    """
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:  # it was gone before the call
-            os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ.get(PARENT, str(os.getppid())) != str(os.getppid()):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def offer_to_the_memory_killer() -> None:

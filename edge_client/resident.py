@@ -3,10 +3,12 @@
 It is a process of its own all the same: when it dies, that is a failed attempt, and the next job gets a new one.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+from edge_client.memory import PARENT
 from edge_client.outcome import write_outcome
 from edge_client.supervisor import describe
 
@@ -19,7 +21,8 @@ class ResidentTrainer:
         """Returns when the job in this folder has an outcome, be it that the process died."""
         if self._process is None:
             command = [sys.executable, "-P", "-m", "edge_client.trainer", "--serve"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            own = {**os.environ, PARENT: str(os.getpid())}
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own)
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(f"{work}\n")

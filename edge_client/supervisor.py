@@ -25,6 +25,7 @@ _is_stopping = False
 
 def main() -> int:
     options: dict[str, Any] = json.loads(sys.argv[1])
+    os.environ["LAMINA_PARENT"] = str(os.getpid())  # edge_client.memory
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     os.makedirs(options["state"], mode=0o700, exist_ok=True)  # noqa: PTH103 (pathlib is 1 MiB)

@@ -77,7 +77,7 @@ def start(tmp_path, data_file, served):
     yield run
     for process in running:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=30)  # ends when the last child has let go of the pipe
 
 
 def finished(process, timeout=120):
@@ -190,6 +190,13 @@ def test_children_do_not_outlive_a_killed_supervisor(start, served, tmp_path):
     while Path(f"/proc/{children[0]}").exists() and time.monotonic() < end:
         time.sleep(0.02)
     assert not Path(f"/proc/{children[0]}").exists()
+
+
+@pytest.mark.parametrize("module", ["edge_client.device", "edge_client.trainer"])
+def test_a_child_whose_parent_ended_before_it_looked_ends_as_well(module):
+    environment = {**os.environ, "LAMINA_PARENT": "1"}
+    done = subprocess.run([sys.executable, "-m", module, "{}"], env=environment, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_an_engine_that_cannot_run_here_is_said_before_anything_else(start, served, tmp_path):
