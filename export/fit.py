@@ -61,11 +61,15 @@ def fits(
     """
     smallest: Fit | None = None
     found = False
+    traced: dict[tuple[int, bool], list[StageNeeds]] = {}
     for layers in _layer_counts(plan):
         staged = _with_layers(plan, layers)
         for micro in _micro_batches(plan.training):
-            needs = _needs(staged, micro, on_progress)
-            choice = _choose(staged, layers, micro, needs, engine, base, memory_bytes, disk_bytes, examples)
+            # One trace serves all micro-batches; a contrastive step of one program and one of three are two.
+            is_split = plan.model.objective.kind == "contrastive" and micro < plan.training.batch_size
+            if (layers, is_split) not in traced:
+                traced[layers, is_split] = _trace(staged, is_split, on_progress)
+            choice = _choose(staged, layers, micro, traced[layers, is_split], engine, base, memory_bytes, disk_bytes, examples)
             if choice.peak_bytes <= memory_bytes:
                 found = True
                 yield choice
@@ -138,19 +142,11 @@ def _features(plan: Plan, disk_bytes: int | None, examples: int) -> tuple[Litera
     return "int8", share, disk_bytes
 
 
-def _needs(plan: Plan, micro: int, on_progress: Callable[[str, int, int], None]) -> list[StageNeeds]:
-    """Traced once for each split of the layers; a contrastive step of one program and one of three are two."""
-    split = plan.model.objective.kind == "contrastive" and micro < plan.training.batch_size
-    key = (plan.stages, split)
-    if key not in _TRACED:
-        steps = len(plan.stages)
-        _TRACED[key] = stage_needs(
-            plan, plan.training.batch_size - 1 if split else None, lambda done, total: on_progress("trace", done, steps)
-        )
-    return _TRACED[key]
-
-
-_TRACED: dict[object, list[StageNeeds]] = {}
+def _trace(plan: Plan, is_split: bool, on_progress: Callable[[str, int, int], None]) -> list[StageNeeds]:
+    steps = len(plan.stages)
+    return stage_needs(
+        plan, plan.training.batch_size - 1 if is_split else None, lambda done, total: on_progress("trace", done, steps)
+    )
 
 
 def _layer_counts(plan: Plan) -> list[int]:

@@ -10,13 +10,11 @@ constants stand for what its allocator and its packed copies add; they were fitt
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, get_args
 
 from torch import nn
 from torch.export import ExportedProgram
 
-from export.cache import ProgramCache
 from export.cost import embedding_bytes, moments_per_parameter, peak_live_bytes
 from export.cut import cut_stage, find_segments
 from export.models import build_model
@@ -26,8 +24,6 @@ from lamina.manifest import EngineName, Precision, Role
 from lamina.plan import OptimizerSettings, Plan, Stage
 
 MIB = 1 << 20
-
-
 _ANY: EngineName = "onnxruntime"  # an engine whose files hold the joint graphs themselves
 
 
@@ -91,14 +87,13 @@ def stage_needs(
     found: list[StageNeeds] = []
     seen: set[tuple[str, ...]] = set()
     looks = {name: repr(module) for name, module in segments.items()}  # layers and sizes: equal ones have equal graphs
-    scratch = "/nonexistent"  # an empty cache: nothing is looked up, nothing is written
     for done, stage in enumerate(plan.stages):
         on_progress(done, len(plan.stages))
         shape = (*(looks[name] for name in stage.active), "frozen", *sorted({looks[name] for name in stage.frozen}))
         if shape in seen:
             continue
         seen.add(shape)
-        programs = ProgramSet(plan, {_ANY: {}}, ProgramCache(Path(scratch)), _not_lowered)
+        programs = ProgramSet(plan, {_ANY: {}}, None, _not_lowered)
         cut = cut_stage(segments, plan.model, stage, until_embeddings=needs_embeddings(plan))
         train, evaluation = programs.add_stage(stage, cut)
         keys: dict[Role, str] = {"train": train[_ANY]}
@@ -107,7 +102,7 @@ def stage_needs(
         frozen: dict[Precision, dict[str, tuple[ExportedProgram, int]]] = {}
         for precision in get_args(Precision):
             chosen = plan.model_copy(update={"training": training.model_copy(update={"prefix_precision": precision})})
-            prefix = ProgramSet(chosen, {_ANY: {}}, ProgramCache(Path(scratch)), _not_lowered)
+            prefix = ProgramSet(chosen, {_ANY: {}}, None, _not_lowered)
             different = {looks[name]: name for name in stage.frozen}.values()
             added = {prefix.add_frozen(name, segments[name])[_ANY]: name for name in different}
             frozen[precision] = {

@@ -66,7 +66,7 @@ class ProgramSet:
 
     plan: Plan
     versions: dict[EngineName, dict[str, str]]
-    cache: ProgramCache
+    cache: ProgramCache | None
     start: Start
     wanted: dict[str, _Wanted] = field(default_factory=dict)
     lowered: dict[str, LoweredProgram] = field(default_factory=dict)
@@ -128,7 +128,8 @@ class ProgramSet:
                     wanted.example,
                     wanted.precision,
                 )
-                self.cache.put(key, lowered)
+                if self.cache:
+                    self.cache.put(key, lowered)
             self.lowered[key] = lowered
             on_progress(len(self.lowered), len(self.wanted))
 
@@ -193,7 +194,7 @@ class ProgramSet:
             keys[engine] = key
             if key in self.wanted:
                 continue
-            known = self.cache.get(key)
+            known = self.cache.get(key) if self.cache else None
             lowered = self.start(engine, file_graph) if known is None else (lambda known=known: known)
             self.wanted[key] = _Wanted(
                 engine=engine,

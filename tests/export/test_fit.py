@@ -2,8 +2,9 @@
 
 import pytest
 
+from export import fit
 from export.fit import Base, fits
-from export.needs import MIB, stage_needs
+from export.needs import MIB, StageNeeds, stage_needs
 from lamina.errors import ConfigError
 from lamina.model import AudioFrames, Encoder, ModelDescription, Projection, Supervised
 from lamina.plan import FeatureStore, Plan, Training
@@ -19,10 +20,30 @@ MODEL = ModelDescription(
 )
 
 
-@pytest.fixture(scope="module")
-def plan() -> Plan:
-    stages = make_stages(MODEL, "layerwise", 8, 0.1, layers_per_stage=2)
+@pytest.fixture(scope="module", autouse=True)
+def _trace_once():
+    """A trace takes seconds, and the tests ask for the same few."""
+    traced: dict[object, list[StageNeeds]] = {}
+
+    def once(plan, micro_batch=None, on_progress=None):
+        key = plan.model.name, plan.stages, micro_batch
+        if key not in traced:
+            traced[key] = stage_needs(plan, micro_batch)
+        return traced[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "stage_needs", once)
+        yield
+
+
+def wide_plan(layers_per_stage: int) -> Plan:
+    stages = make_stages(MODEL, "layerwise", 8, 0.1, layers_per_stage)
     return Plan(name="wide", model=MODEL, strategy="layerwise", stages=stages, training=Training(batch_size=16))
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return wide_plan(layers_per_stage=2)
 
 
 def choices(plan, memory_mib, **options):
@@ -65,7 +86,8 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_that_would_do(plan):
     assert choices(plan, smallest / MIB + 0.01)
 
 
-def test_features_take_the_first_encoding_that_fits_the_disk_and_at_worst_a_part(plan):
+def test_features_take_the_first_encoding_that_fits_the_disk_and_at_worst_a_part():
+    plan = wide_plan(layers_per_stage=1)  # its second stage has a prefix
     whole = 2 * 1000 * 64 * 128 * 4  # the old and the new file, while one is extended
     for disk, encoding, share in (
         (whole, "fp32", 1.0),
