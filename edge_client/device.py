@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from os import getppid
+from os import environ, getppid
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from edge_client.heartbeat import Lease
 from edge_client.identity import IDENTITY_FILE, exclusive, load_or_enrol, read_enrolment_token
 from edge_client.job import Heartbeat, Job
 from edge_client.memory import die_with_parent, peak_bytes
-from edge_client.outcome import FAILURES, JOB, OUTCOME, PACKED, UPDATE, WORK_STATUS, read_outcome
+from edge_client.outcome import FAILURES, JOB, PACKED, UPDATE, read_outcome
 from edge_client.prepare import Fetch, prepare_job
 from edge_client.progress import Say, say
 from edge_client.resident import ResidentTrainer
+from edge_client.supervisor import OUTCOME, PARENT, WORK_STATUS
 from edge_client.trainer import do_job
 from edge_client.transport import Transport
 from lamina.compression import Compression, available_compressions, compress_file
@@ -36,7 +37,9 @@ from lamina.errors import (
     NotEnrolledError,
     ProtocolError,
     RoundClosedError,
+    StoreError,
     UnknownNameError,
+    UnreachableError,
     all_errors,
     shown,
 )
@@ -164,18 +167,28 @@ class Device:
         return job
 
     def _deliver(self) -> None:
-        """Sends what became of the last job, if it was done; the work folder is empty afterwards."""
+        """Sends what became of the last job, if it was done; the work folder is empty afterwards.
+
+        Where the coordinator is out of reach or its disk is full, the outcome stays, and the same command sends it later.
+        """
         outcome = read_outcome(self._work)
         if outcome is None or not (self._work / JOB).is_file():
             return
         job = Job.read(self._work / JOB)
         try:
             self._send(job, outcome)
+        except (UnreachableError, StoreError):
+            raise
         except RoundClosedError as error:
             self._say(f"too late: {error.message}; checking in again")
-        finally:
-            for name in (OUTCOME, JOB, UPDATE, PACKED):
-                (self._work / name).unlink(missing_ok=True)
+        except LaminaError:
+            self._clear_work()
+            raise
+        self._clear_work()
+
+    def _clear_work(self) -> None:
+        for name in (OUTCOME, JOB, UPDATE, PACKED):
+            (self._work / name).unlink(missing_ok=True)
 
     def _send(self, job: Job, outcome: dict[str, Any]) -> None:
         kind = outcome.pop("kind")
@@ -188,10 +201,10 @@ class Device:
         elif kind == "evaluated":
             self._transport.put_evaluation(job.run, job.stage, job.round, Evaluation(**outcome))
             self._say(f"{job.where}: evaluated, {outcome['correct']} of {outcome['num_examples']} correct")
-            self._forget_failures()
+            self._job_is_done()
         else:
             self._send_update(job, outcome)
-            self._forget_failures()
+            self._job_is_done()
 
     def _send_update(self, job: Job, outcome: dict[str, Any]) -> None:
         file, compression = self._packed_update(job)
@@ -246,8 +259,9 @@ class Device:
         known: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
         return known if known.get("work") == _key(job) else {}
 
-    def _forget_failures(self) -> None:
+    def _job_is_done(self) -> None:
         (self._work / FAILURES).unlink(missing_ok=True)
+        self._has_worked = True  # also if it is the work of an earlier command
 
     def _facts(self) -> CheckIn:
         return CheckIn(
@@ -298,8 +312,7 @@ class Device:
         """The peak of all processes at one time: the supervisor and the larger of the other two, or both where both stay."""
         if self._options.is_resident:
             return _supervisor_bytes() + peak_bytes() + train_bytes
-        own = max(peak_bytes(), train_bytes)
-        return own + _supervisor_bytes() if self._options.has_worked else own  # embedded: there is no supervisor
+        return _supervisor_bytes() + max(peak_bytes(), train_bytes)
 
     def _remember_bytes(self) -> None:
         """The counters outlive this process: an update reports what its download cost."""
@@ -319,7 +332,8 @@ def _key(job: Job) -> list[Any]:
 
 
 def _supervisor_bytes() -> int:
-    return peak_bytes(Path(f"/proc/{getppid()}/status"))
+    """What the supervisor holds at most; 0 where this process has none, because a program embeds the device."""
+    return peak_bytes(Path(f"/proc/{getppid()}/status")) if PARENT in environ else 0
 
 
 def _programs_of(manifest: Manifest, engine: EngineName) -> set[str]:

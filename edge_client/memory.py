@@ -7,6 +7,8 @@ import signal
 import sys
 from pathlib import Path
 
+from edge_client.supervisor import PARENT
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -29,10 +31,6 @@ def give_back_free_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
         if trim is not None:
             trim(0)
-
-
-PARENT = "LAMINA_PARENT"
-"""Who starts a process of the device writes its own number into this variable of the environment."""
 
 
 def die_with_parent() -> None:

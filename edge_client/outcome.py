@@ -11,12 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from edge_client.supervisor import OUTCOME
 from lamina.files import write_durably
 
-JOB, OUTCOME, FAILURES = "job.json", "outcome.json", "failures.json"
+JOB, FAILURES = "job.json", "failures.json"
 UPDATE, PACKED = "update.safetensors", "update.safetensors.zst"
-WORK_STATUS = 75
-"""With this exit status the talking process says that a job lies in the work folder."""
 
 
 def write_outcome(folder: Path, kind: str, **values: Any) -> None:

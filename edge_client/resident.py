@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from edge_client.memory import PARENT
 from edge_client.outcome import write_outcome
-from edge_client.supervisor import describe
+from edge_client.supervisor import PARENT, describe
 
 
 class ResidentTrainer:

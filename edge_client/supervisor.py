@@ -18,14 +18,20 @@ import time
 from types import FrameType
 from typing import IO, Any
 
-WORK_STATUS = 75  # as edge_client.outcome, which is too much to import here
+# The three names that all processes share; the other two import them from here, because this one imports nothing of ours.
+WORK_STATUS = 75
+"""With this exit status the talking process says that a job lies in the work folder."""
+OUTCOME = "outcome.json"
+"""What became of the job in a work folder (`edge_client.outcome`)."""
+PARENT = "LAMINA_PARENT"
+"""Who starts a process of the device writes its own number into this variable of the environment."""
 _child = 0
 _is_stopping = False
 
 
 def main() -> int:
     options: dict[str, Any] = json.loads(sys.argv[1])
-    os.environ["LAMINA_PARENT"] = str(os.getpid())  # edge_client.memory
+    os.environ[PARENT] = str(os.getpid())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     os.makedirs(options["state"], mode=0o700, exist_ok=True)  # noqa: PTH103 (pathlib is 1 MiB)
@@ -89,7 +95,7 @@ def describe(status: int) -> str:
 
 
 def _write_down(work: str, how: str) -> None:
-    path = os.path.join(work, "outcome.json")  # noqa: PTH118
+    path = os.path.join(work, OUTCOME)  # noqa: PTH118
     with open(path + ".partial", "w") as file:  # noqa: PTH123
         json.dump({"kind": "died", "how": how}, file)
     os.replace(path + ".partial", path)  # noqa: PTH105

@@ -147,6 +147,24 @@ def test_training_again_sends_the_same_bytes(start, programs, tmp_path):
     assert updates[0] == updates[1]
 
 
+def test_an_update_that_could_not_be_sent_is_sent_by_the_next_command_without_training_again(start, coordinator, monkeypatch):
+    coordinator.steps = coordinator.steps[:1]
+
+    class Away(FakeCoordinator):
+        def __call__(self, request):
+            if request.url.path.endswith("/update"):
+                raise httpx.ConnectError("no network")
+            return super().__call__(request)
+
+    away = Away(coordinator.manifest, coordinator.blobs)
+    with pytest.raises(Stopped, match="no network"):
+        start(away)
+    monkeypatch.setattr("edge_client.device.do_job", None)
+    said = start(coordinator)
+    assert len(coordinator.updates) == 1
+    assert said[-1] == "finished: all runs are finished"
+
+
 def test_a_round_that_closed_is_no_error(start, coordinator):
     class Late(FakeCoordinator):
         closed = False
