@@ -20,10 +20,11 @@ from rich.table import Table
 
 from benchmarks.client import base_peaks, measure_stage
 from benchmarks.results_file import RESULTS, write_results
-from benchmarks.workloads import OPTIMIZERS, WORKLOADS, one_stage_plan
+from benchmarks.workloads import OPTIMIZERS, WORKLOADS, Graph, one_stage_plan
 from lamina.manifest import EngineName
 
 ENGINES: tuple[EngineName, ...] = ("onnxruntime", "executorch")
+CASES: tuple[tuple[Graph, int | None], ...] = (("full", None), ("cut", 1))
 MIB = 1 << 20
 
 
@@ -34,8 +35,8 @@ def main() -> None:
     for engine in ENGINES:
         base = base_peaks(engine)
         for optimizer, settings in OPTIMIZERS.items():
-            for graph, micro_batch in (("full", None), ("cut", 1)):
-                plan = one_stage_plan(workload, "full" if graph == "full" else "cut", None, workload.batch, micro_batch)
+            for graph, micro_batch in CASES:
+                plan = one_stage_plan(workload, graph, None, workload.batch, micro_batch)
                 plan = plan.model_copy(update={"training": plan.training.model_copy(update={"optimizer": settings})})
                 with TemporaryDirectory() as folder:
                     peaks = measure_stage(plan, 0, engine, Path(folder))

@@ -101,7 +101,7 @@ class FeatureCache:
         try:
             for first in range(0, count, step.program.max_batch):
                 chunk = np.arange(first, min(first + step.program.max_batch, count))
-                features = prefix.run(source.take(chunk), done, done + 1)
+                features = prefix.run(source.take(chunk), done)
                 writer.append(encode_rows(features, self._encoding, first, what))
                 progress.at(first + len(chunk))
                 on_chunk()
@@ -141,13 +141,14 @@ class PartlyStored:
 
     def take(self, indices: Indices) -> Array:
         wanted = np.asarray(indices)
-        held = wanted < (len(self._stored) if self._stored else 0)
-        computed = self._prefix.run_all(self._raw.take(wanted[~held])) if not held.all() else None
-        if computed is None or not held.any():
-            return self._stored.take(wanted) if computed is None and self._stored else computed  # type: ignore[return-value]
-        rows = np.empty((len(wanted), *computed.shape[1:]), np.float32)
-        assert self._stored is not None
-        rows[held], rows[~held] = self._stored.take(wanted[held]), computed
+        if self._stored is None:
+            return self._prefix.run_all(self._raw.take(wanted))
+        is_held = wanted < len(self._stored)
+        held = self._stored.take(wanted[is_held])
+        if is_held.all():
+            return held
+        rows = np.empty((len(wanted), *held.shape[1:]), np.float32)
+        rows[is_held], rows[~is_held] = held, self._prefix.run_all(self._raw.take(wanted[~is_held]))
         return rows
 
 
@@ -163,21 +164,19 @@ class _Prefix:
         """All steps over some rows; in between, one chunk of the program's size at a time."""
         for index, step in enumerate(self._plan.steps):
             size = step.program.max_batch
-            pieces = [self.run(rows[first : first + size], index, index + 1) for first in range(0, len(rows), size)]
+            pieces = [self.run(rows[first : first + size], index) for first in range(0, len(rows), size)]
             rows = np.concatenate(pieces)
         return rows
 
-    def run(self, rows: Array, first: int, end: int) -> Array:
-        """Steps first..end over at most one chunk of rows; a new array."""
-        for index in range(first, end):
-            step = self._plan.steps[index]
-            own_limits = {} if step.limit is None else {spec.name: step.limit for spec in step.program.inputs}
-            check_inputs(step.program, [rows], own_limits)
-            (features,) = self._opened(step).run([*self._loaded(index, step), rows])
-            if features.dtype != np.float32 or features.shape[:1] != rows.shape[:1]:
-                raise EngineError(f"{step.segment.name} gave {features.dtype} {features.shape} for {len(rows)} rows")
-            rows = features.copy()
-        return rows
+    def run(self, rows: Array, index: int) -> Array:
+        """One step over at most one chunk of rows; a new array."""
+        step = self._plan.steps[index]
+        own_limits = {} if step.limit is None else {spec.name: step.limit for spec in step.program.inputs}
+        check_inputs(step.program, [rows], own_limits)
+        (features,) = self._opened(step).run([*self._loaded(index, step), rows])
+        if features.dtype != np.float32 or features.shape[:1] != rows.shape[:1]:
+            raise EngineError(f"{step.segment.name} gave {features.dtype} {features.shape} for {len(rows)} rows")
+        return features.copy()
 
     def close(self) -> None:
         if self._program is not None:

@@ -88,12 +88,11 @@ class Augmentation:
 class FeaturePlan:
     """One modality's way to the active segments: its rows, the frozen steps, and the cache key after each of them.
 
-    `keys` has one list for each view. `row_shape` is that of a frozen segment's features for one example: tokens, width.
+    `keys` has one list for each view.
     """
 
     modality: str
     rows: Rows
-    row_shape: tuple[int, ...]
     steps: tuple[FrozenStep, ...]
     keys: tuple[tuple[str, ...], ...]
     augmentation: Augmentation | None = None
@@ -185,7 +184,6 @@ def _features(value: dict[str, Any]) -> FeaturePlan:
     return FeaturePlan(
         modality=value["modality"],
         rows=_rows(value["rows"]),
-        row_shape=tuple(value["row_shape"]),
         steps=tuple(FrozenStep(_segment(s["segment"]), _program(s["program"]), s["limit"]) for s in value["steps"]),
         keys=tuple(tuple(keys) for keys in value["keys"]),
         augmentation=_augmentation(value["augmentation"]) if value["augmentation"] else None,

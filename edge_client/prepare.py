@@ -145,7 +145,6 @@ def _feature_plan(
     return FeaturePlan(
         modality=modality,
         rows=data.location(split, modality),
-        row_shape=(encoder.input.tokens, encoder.width),
         steps=tuple(steps),
         keys=own,
         augmentation=_augmentation(training, encoder, manifest.plan.seed) if split == "train" else None,

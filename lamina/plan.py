@@ -70,7 +70,7 @@ class Augmentation(Record):
     """Random changes of one modality's training examples; they depend on seed, example and view, and on nothing else.
 
     `shift` moves the example by up to so many steps of its last axis (pixels, samples; for audio frames the first axis) and
-    fills with zeros, `noise` is the standard deviation of added Gaussian noise, `flip` mirrors every second image.
+    fills with zeros, `noise` is the standard deviation of added Gaussian noise, `flip` mirrors half of the images.
     """
 
     shift: Annotated[int, Field(ge=0)] = 0

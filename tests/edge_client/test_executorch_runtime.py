@@ -126,7 +126,7 @@ def test_without_a_compiler_it_says_how_to_get_a_shim(home, no_compiler):
 def test_a_finished_shim_needs_neither_a_compiler_nor_a_writable_folder(home, no_compiler, shim_bytes, monkeypatch):
     write_shim(shim_bytes)
     monkeypatch.setattr(executorch_runtime, "lock", None)
-    load_shim(find_runtime())
+    assert load_shim(find_runtime()).lamina_et_open
 
 
 def test_a_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):

@@ -99,7 +99,7 @@ class House:
             for view in range(self.views)
         )
         rows = rows_of(self.data.rows("train", "motion"))
-        return FeaturePlan("motion", rows, (TOKENS, WIDTH), steps, keys, self.augmentation)
+        return FeaturePlan("motion", rows, steps, keys, self.augmentation)
 
     def features(self, depth, on_chunk=lambda: None, view=0, indices=range(EXAMPLES)):
         self.engine.runs.clear()
@@ -361,9 +361,7 @@ def test_tokens_of_a_frozen_text_stem_are_held_to_the_vocabulary_of_its_modality
     np.save(tmp_path / "tokens.npy", np.array([[0, 1, 5]]))
     segment = SegmentFile("text.stem", str(tmp_path / "weights"), (Tensor("table", (5, 4)),))
     program = ProgramFile("p", "0" * 64, "frozen", ((5, 4),), (Tensor("x", (3,), "int64"),), 4)
-    plan = FeaturePlan(
-        "text", rows_of(RowFile(tmp_path / "tokens.npy")), (3, 4), (FrozenStep(segment, program, 5),), (("key",),)
-    )
+    plan = FeaturePlan("text", rows_of(RowFile(tmp_path / "tokens.npy")), (FrozenStep(segment, program, 5),), (("key",),))
     cache = FeatureCache(tmp_path / "features", Engine(), "fp32", print)
     with pytest.raises(DataError, match=r"value 5 at index \[0, 2\] is outside of 0..4"):
         cache.rows(plan, 0, 1)
