@@ -1,17 +1,20 @@
 """The description of a model: encoders, projection heads, objective. Words only, no tensors.
 
-An encoder is `stem -> layers[0..n) -> norm -> mean pool`; a projection head follows each encoder; the objective joins
-them. `export.models` builds the PyTorch modules from this description, and nobody else needs to.
+An encoder is `stem -> layers[0..n) -> norm -> pool`; a projection head follows each encoder; the objective joins them. It is
+one of the built-in family (`Encoder`), or a module of the user's own (`ModuleEncoder`). `export.models` builds the PyTorch
+modules from this description, and nobody else needs to.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from lamina.record import Record
 
 Positive = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+FACTORY = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$"
+"""`package.module:function`"""
 
 
 class ImagePatches(Record):
@@ -93,14 +96,35 @@ class TextTokens(Record):
         return self.length
 
 
-Input = Annotated[ImagePatches | AudioFrames | SensorWindows | TextTokens, Field(discriminator="kind")]
+class Image(Record):
+    """Images (channels, height, width) float32, for an encoder that is a module."""
+
+    kind: Literal["image"] = "image"
+    channels: Positive
+    height: Positive
+    width: Positive
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.channels, self.height, self.width)
+
+
+class Values(Record):
+    """Any float32 array of a fixed shape, such as a waveform or a spectrogram, for an encoder that is a module."""
+
+    kind: Literal["values"] = "values"
+    shape: Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+
+FamilyInput = Annotated[ImagePatches | AudioFrames | SensorWindows | TextTokens, Field(discriminator="kind")]
+Input = Annotated[ImagePatches | AudioFrames | SensorWindows | TextTokens | Image | Values, Field(discriminator="kind")]
 
 
 class Encoder(Record):
     """One modality's transformer: `layers` pre-norm blocks of `width`, MLP width `mlp_ratio * width`."""
 
     modality: Name
-    input: Input
+    input: FamilyInput
     width: Positive
     heads: Positive
     layers: Positive
@@ -112,11 +136,61 @@ class Encoder(Record):
             raise ValueError(f"{self.heads} heads do not divide width {self.width}")
         return self
 
+    def feature_shape(self, depth: int) -> tuple[int, ...]:
+        """What the stem (depth 0) or layer `depth - 1` gives for one example: always (tokens, width)."""
+        return (self.input.tokens, self.width)
+
+    def first(self, layers: int) -> "Encoder":
+        """The encoder with its first layers alone."""
+        return self.model_copy(update={"layers": layers})
+
+
+class ModuleEncoder(Record):
+    """One modality's encoder that `factory` makes: a function `package.module:name` on the machine that exports.
+
+    `arguments` are handed to it, `options` to the adapter of what it makes (docs/export.md). `features` are the shapes, for one
+    example, after the stem and after each layer; `width` is that of the pooled features. Devices and coordinators never call
+    the factory.
+    """
+
+    modality: Name
+    factory: Annotated[str, Field(pattern=FACTORY)]
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
+    input: Input
+    features: Annotated[tuple[Annotated[tuple[Positive, ...], Field(min_length=1)], ...], Field(min_length=2)]
+    width: Positive
+
+    @property
+    def layers(self) -> int:
+        return len(self.features) - 1
+
+    def feature_shape(self, depth: int) -> tuple[int, ...]:
+        """What the stem (depth 0) or layer `depth - 1` gives for one example."""
+        return self.features[depth]
+
+    def first(self, layers: int) -> "ModuleEncoder":
+        """The encoder with its first layers alone."""
+        return self.model_copy(update={"features": self.features[: layers + 1]})
+
+
+def _kind_of_encoder(value: Any) -> str:
+    is_module = "factory" in value if isinstance(value, dict) else isinstance(value, ModuleEncoder)
+    return "module" if is_module else "family"
+
+
+AnyEncoder = Annotated[
+    Annotated[Encoder, Tag("family")] | Annotated[ModuleEncoder, Tag("module")], Discriminator(_kind_of_encoder)
+]
+
 
 class Projection(Record):
-    """The projection head of each modality: Linear(width, hidden), GELU, Linear(hidden, output)."""
+    """The projection head of each modality: Linear(width, hidden), GELU, Linear(hidden, output).
 
-    hidden: Positive
+    Without `hidden` it is one Linear(width, output) without a bias, as CLIP has it.
+    """
+
+    hidden: Positive | None
     output: Positive
 
 
@@ -141,7 +215,7 @@ class ModelDescription(Record):
     """A multimodal (or one-modality) model."""
 
     name: Name
-    encoders: Annotated[tuple[Encoder, ...], Field(min_length=1)]
+    encoders: Annotated[tuple[AnyEncoder, ...], Field(min_length=1)]
     projection: Projection
     objective: Objective
 
@@ -158,7 +232,7 @@ class ModelDescription(Record):
     def modalities(self) -> tuple[str, ...]:
         return tuple(encoder.modality for encoder in self.encoders)
 
-    def encoder(self, modality: str) -> Encoder:
+    def encoder(self, modality: str) -> Encoder | ModuleEncoder:
         return next(encoder for encoder in self.encoders if encoder.modality == modality)
 
     def only(self, modality: str) -> "ModelDescription":

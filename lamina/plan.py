@@ -166,7 +166,7 @@ class Plan(Record):
             if modality not in self.model.modalities:
                 raise ValueError(f"augmentation names {modality!r}; the model has {list(self.model.modalities)}")
             kind = self.model.encoder(modality).input.kind
-            if kind == "text_tokens" or (augmentation.flip and kind != "image_patches"):
+            if kind == "text_tokens" or (augmentation.flip and kind not in ("image_patches", "image")):
                 raise ValueError(f"augmentation of {modality!r}: texts cannot be changed, and only images can be flipped")
         if not any(stage.rounds for stage in self.stages):
             raise ValueError("every stage has 0 rounds: nothing would be trained")

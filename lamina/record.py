@@ -3,8 +3,9 @@
 A misspelled key is refused with its name instead of being ignored, because a typo that is ignored becomes a run.
 """
 
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
@@ -26,7 +27,7 @@ class Record(BaseModel):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            raise ConfigError(f"{source} is not a valid {cls.__name__}: {explain(error)}") from error
+            raise ConfigError(f"{source} is not a valid {cls.__name__}: {explain(error, cls)}") from error
 
     @classmethod
     def from_file(cls, path: Path) -> Self:
@@ -52,14 +53,37 @@ class GrowingRecord(Record):
         return {name: value for name, value in serialize(self).items() if name not in usual}
 
 
-def explain(error: ValidationError, limit: int = 3) -> str:
-    """The first few faults of a pydantic error as one line: `field.path: what is wrong (given: value)`."""
+def explain(error: ValidationError, record: type[BaseModel] | None = None, limit: int = 3) -> str:
+    """The first few faults of a pydantic error as one line: `field.path: what is wrong (given: value)`.
+
+    For a key that `record` does not have, the nearest one that it or a record inside it has.
+    """
     faults = error.errors(include_url=False)
     lines = []
     for fault in faults[:limit]:
         where = ".".join(str(part) for part in fault["loc"]) or "(whole)"
         given = repr(fault.get("input"))
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key{_nearest(str(fault['loc'][-1]), record)}")
+            continue
         lines.append(f"{where}: {fault['msg']} (given: {given[:60]})")
     if len(faults) > limit:
         lines.append(f"and {len(faults) - limit} more")
     return "; ".join(lines)
+
+
+def _nearest(key: str, record: type[BaseModel] | None) -> str:
+    known = _keys(record, set()) if record else set()
+    near = get_close_matches(key, sorted(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _keys(kind: Any, seen: set[Any]) -> set[str]:
+    """The fields of a record and of all records inside it."""
+    if kind in seen:
+        return set()
+    seen.add(kind)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        inner = (_keys(field.annotation, seen) for field in kind.model_fields.values())
+        return set(kind.model_fields).union(*inner)
+    return set[str]().union(*(_keys(part, seen) for part in get_args(kind) if not isinstance(part, str)))

@@ -23,11 +23,13 @@ def make_stages(
     rounds: int | Sequence[int],
     learning_rate: float | Sequence[float],
     layers_per_stage: int | Mapping[str, int] = 1,
+    freeze_stems: bool = False,
 ) -> tuple[Stage, ...]:
     """Stages of a strategy.
 
     `rounds` is the number of rounds of each stage, or the total, which is spread evenly with the remainder on the last
-    stages. `learning_rate` is one value, or one for each stage. `layers_per_stage` may differ by modality.
+    stages. `learning_rate` is one value, or one for each stage. `layers_per_stage` may differ by modality. `freeze_stems`
+    leaves the stems as they start, in every stage: a pretrained embedding table is large, and rarely worth training.
     Raises ConfigError if the lists do not have one entry for each stage.
     """
     if strategy == "end_to_end":
@@ -58,11 +60,10 @@ def make_stages(
             first, end = index * layers[modality], (index + 1) * layers[modality]
             attached = [layer(modality, i) for i in range(min(end, model.encoder(modality).layers))]
             active |= {norm(modality), projection(modality)}
-            if strategy == "layerwise" and index > 0:
-                frozen |= {stem(modality), *attached[:first]}
-                active |= set(attached[first:])
-            else:
-                active |= {stem(modality), *attached}
+            is_layerwise = strategy == "layerwise" and index > 0
+            frozen |= set(attached[:first]) if is_layerwise else set()
+            active |= set(attached[first:]) if is_layerwise else set(attached)
+            (frozen if is_layerwise or freeze_stems else active).add(stem(modality))
         stages.append(
             Stage(
                 index=index,
