@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import BackgroundTasks, Depends, FastAPI, Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from coordinator import bodies, check_in, devices, downloads, evaluations, publish, rounds, status, updates
+from coordinator import bodies, check_in, devices, downloads, evaluations, publish, rounds, signatures, status, updates
 from coordinator.aggregation import Aggregator, remove_leftovers
 from coordinator.house import Clock, House
 from coordinator.incoming import Incoming
@@ -16,10 +16,9 @@ from coordinator.problems import install
 from coordinator.settings import Settings
 from coordinator.updates import Address
 from lamina.errors import ProtocolError
-from lamina.manifest import Manifest
 from lamina.record import Record
 from lamina.tensors import max_file_bytes
-from lamina.wire import REPORT_HEADER, Accepted, CheckIn, Enrolment, Evaluation, TrainReport
+from lamina.wire import REPORT_HEADER, SIGNATURE_HEADER, Accepted, CheckIn, Enrolment, Evaluation, TrainReport
 
 Authorization = Annotated[str | None, Header()]
 
@@ -89,8 +88,12 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         return Response(status_code=201)
 
     @app.post("/v1/runs")
-    def publish_run(_: Admin, body: Json) -> Response:
-        return _json(publish.publish(house, Manifest.from_json(body, "the manifest")), 201)
+    def publish_run(_: Admin, body: Json, request: Request) -> Response:
+        return _json(publish.publish(house, body, request.headers.get(SIGNATURE_HEADER)), 201)
+
+    @app.get("/v1/manifests/{digest}/signature")
+    def get_signature(_: Known, digest: str) -> Response:
+        return _json(signatures.get_signature(house.settings, digest))
 
     @app.get("/v1/runs")
     def list_runs(_: Known) -> Response:

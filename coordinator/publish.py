@@ -1,30 +1,37 @@
-"""Publishing: the admin sends the blobs, then the manifest; a new run begins."""
+"""Publishing: the admin sends the blobs, then the manifest with its signature; a new run begins."""
 
 import logging
 
 from coordinator.house import House
+from coordinator.signatures import keep_signature, publishers_trust
 from coordinator.tables import RunRow, WeightRow
 from lamina.compression import available_compressions
 from lamina.errors import BundleError, ConfigError, TensorFileError
 from lamina.manifest import Manifest
-from lamina.tensors import decode_one_by_one, file_encoding
-from lamina.wire import Published
+from lamina.signing import parse_signature
+from lamina.tensors import decode_one_by_one, file_encoding, hash_bytes
+from lamina.wire import SIGNATURE_HEADER, Published
 
 log = logging.getLogger("lamina.coordinator")
 
 
-def publish(house: House, manifest: Manifest) -> Published:
-    """A new run of the manifest's plan; publishing the same manifest again makes another run.
+def publish(house: House, body: bytes, signature_text: str | None) -> Published:
+    """A new run of the plan of a manifest, given as its bytes; publishing the same manifest again makes another run.
 
-    Raises ConfigError if the plan wants a compression that is not installed here, BundleError for a blob that is missing
-    or has another size, TensorFileError for initial weights that are not the tensors of their segment in fp32,
-    DiskFullError.
+    Raises SignatureError unless a trusted key signed these bytes (or none had to), ConfigError if they are no manifest or
+    the plan wants a compression that is not installed here, BundleError for a blob that is missing or has another size,
+    TensorFileError for initial weights that are not the tensors of their segment in fp32, DiskFullError.
     """
+    signature = None if signature_text is None else parse_signature(signature_text, f"the {SIGNATURE_HEADER} header")
+    signer = publishers_trust(house.settings).check(hash_bytes(body), signature)
+    manifest = Manifest.from_json(body, "the manifest")
     compression = manifest.plan.training.compression
     if compression not in available_compressions():
         raise ConfigError(f"the plan wants {compression}, which this coordinator lacks: pip install 'lamina[coordinator]'")
     check_blobs(house, manifest)
-    digest = house.blobs.put(manifest.to_json())
+    digest = house.blobs.put(body)  # as it came: devices verify the signature of these bytes
+    if signature is not None:
+        keep_signature(house.settings, digest, signature)
     with house.database.write() as session:
         run = RunRow(name=manifest.plan.name, manifest=digest, since_unix_seconds=house.clock())
         session.add(run)
@@ -32,7 +39,7 @@ def publish(house: House, manifest: Manifest) -> Published:
         for segment, blob in manifest.initial_weights.items():
             session.add(WeightRow(run_number=run.number, segment=segment, blob=blob))
         published = Published(run=run.id)
-    log.info("%s is published: plan %r, manifest %s", published.run, manifest.plan.name, digest)
+    log.info("%s is published: plan %r, manifest %s, %s", published.run, manifest.plan.name, digest, signer)
     return published
 
 

@@ -15,7 +15,7 @@ class Settings(Record):
 
     Everything under `state` belongs to one coordinator: the database, the blobs, the two token files, the address.
     `presence_seconds` is how long a device counts as here after it asked for work; it bounds how soon a round that waits
-    for its cohort notices that a device has left.
+    for its cohort notices that a device has left. `allow_unsigned` takes bundles that nobody signed.
     """
 
     state: Path
@@ -24,6 +24,7 @@ class Settings(Record):
     wait_seconds_min: PositiveSeconds = 0.5
     wait_seconds_max: PositiveSeconds = 2.0
     presence_seconds: PositiveSeconds = 60.0
+    allow_unsigned: bool = False
 
     @model_validator(mode="after")
     def _waits_fit(self) -> Self:
@@ -47,6 +48,14 @@ class Settings(Record):
     @property
     def updates(self) -> Path:
         return self.state / "updates"
+
+    @property
+    def signatures(self) -> Path:
+        return self.state / "signatures"
+
+    @property
+    def trusted(self) -> Path:
+        return self.state / "trusted.json"
 
     @property
     def enrolment_token(self) -> Path:

@@ -9,7 +9,7 @@ started again: it downloads, computes and sends only what was not finished.
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import environ, getppid
 from pathlib import Path
@@ -29,6 +29,7 @@ from edge_client.resident import ResidentTrainer
 from edge_client.supervisor import OUTCOME, PARENT, WORK_STATUS
 from edge_client.trainer import do_job
 from edge_client.transport import Transport
+from edge_client.trust import Verifier
 from lamina.compression import Compression, available_compressions, compress_file
 from lamina.errors import (
     EngineError,
@@ -56,7 +57,7 @@ _FIRST_PAUSE_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Options:
-    """What `lamina join` was told. `has_worked`: a job was done since the command began.
+    """What `lamina join` was told. `has_worked`: a job was done since the command began. `trust`: public keys as text.
 
     `is_resident` keeps this process and a training process between jobs, instead of one at a time.
     """
@@ -71,6 +72,8 @@ class Options:
     until_finished: bool = False
     disk_bytes: int | None = None
     is_resident: bool = False
+    trust: Sequence[str] = ()
+    allow_unsigned: bool = False
     has_worked: bool = False
 
 
@@ -98,6 +101,7 @@ class Device:
         self._state = Path(options.state)
         self._work = self._state / "work"
         self._work.mkdir(parents=True, exist_ok=True)
+        self._verifier = Verifier(self._state, options.trust, options.allow_unsigned, transport.url, say)
         self._data = LocalData(Path(options.data), self._state / "data")
         identity = load_or_enrol(self._state, options.name, transport, enrolment_token)
         transport.token = identity.device_token
@@ -284,8 +288,9 @@ class Device:
             ) from error
 
     def _load_manifest(self, digest: str) -> Manifest:
-        """The run's manifest; with a new one, the data is checked against its model."""
+        """The run's manifest, if it is signed as it must be; with a new one, the data is checked against its model."""
         if self._manifest is None or self._manifest[0] != digest:
+            self._verifier.check(digest, self._transport.signature)
             manifest = Manifest.from_file(self._blobs.get(digest, MAX_JSON_BYTES))
             note, pair = self._work / _CHECKED, json.dumps([digest, self._data.fingerprint]).encode()
             if not note.is_file() or note.read_bytes() != pair:

@@ -21,7 +21,7 @@ from edge_client.job import (
 from edge_client.stored import row_dtype
 from lamina.errors import EngineError
 from lamina.manifest import EngineName, Manifest, Program
-from lamina.model import Encoder
+from lamina.model import Encoder, ModuleEncoder
 from lamina.names import LABEL, Role
 from lamina.plan import Training
 from lamina.segments import Segment, TensorSpec
@@ -118,7 +118,7 @@ def _feature_plan(
     fetch: Fetch,
     engine: EngineName,
     folder: Path,
-    encoder: Encoder,
+    encoder: Encoder | ModuleEncoder,
     split: Split,
     chains: dict[str, list[str]],
     keys: dict[tuple[str, Split], tuple[tuple[str, ...], ...]],
@@ -167,7 +167,9 @@ def _stored_examples(
         row = 0
         for encoder in manifest.plan.model.encoders:
             if chains[encoder.modality]:
-                dtype = row_dtype((encoder.input.tokens, encoder.width), training.features.encoding)
+                depths = range(len(chains[encoder.modality]))
+                dtypes = [row_dtype(encoder.feature_shape(depth), training.features.encoding) for depth in depths]
+                dtype = max(dtypes, key=lambda each: each.itemsize)
                 views = training.features.views if split == "train" else 1
                 row += views * dtype.itemsize
                 largest = max(largest, dtype.itemsize * data.examples(split))
@@ -182,7 +184,7 @@ def _keys(
     work: Assignment,
     data: LocalData,
     engine: EngineName,
-    encoder: Encoder,
+    encoder: Encoder | ModuleEncoder,
     split: Split,
     names: Sequence[str],
     stored: int,
@@ -207,11 +209,11 @@ def _depth(folder: Path, keys: Sequence[str]) -> int:
     return next((depth for depth in range(len(keys), 0, -1) if any(folder.glob(f"{keys[depth - 1]}-*.npy"))), 0)
 
 
-def _augmentation(training: Training, encoder: Encoder, seed: int) -> Augmentation | None:
+def _augmentation(training: Training, encoder: Encoder | ModuleEncoder, seed: int) -> Augmentation | None:
     found = training.augmentation.get(encoder.modality)
     if found is None:
         return None
-    axes = {"image_patches": (-2, -1), "audio_frames": (0,), "sensor_windows": (-1,)}[encoder.input.kind]
+    axes = {"audio_frames": (0,), "sensor_windows": (-1,), "values": (-1,)}.get(encoder.input.kind, (-2, -1))
     return Augmentation(
         axes, found.shift, found.noise, found.flip, int(hash_bytes(f"{seed}/{encoder.modality}".encode())[:15], 16)
     )

@@ -25,11 +25,13 @@ from lamina.errors import (
     LaminaError,
     ProtocolError,
     StoreError,
+    UnknownNameError,
     UnreachableError,
     all_errors,
 )
 from lamina.files import raise_if_full
 from lamina.record import Record
+from lamina.signing import parse_signature
 from lamina.wire import (
     CHECK_IN_ANSWER,
     DIGEST_HEADER,
@@ -42,6 +44,7 @@ from lamina.wire import (
     Evaluation,
     Problem,
     Refused,
+    Signature,
     TrainReport,
     Wait,
 )
@@ -139,6 +142,17 @@ class Transport:
     def put_evaluation(self, run: str, stage: int, round: int, evaluation: Evaluation) -> Accepted:
         path = f"/v1/runs/{run}/stages/{stage}/rounds/{round}/evaluation"
         return _parse(Accepted, self._send("upload of the evaluation", "PUT", path, evaluation.to_json()))
+
+    def signature(self, digest: str) -> Signature | None:
+        """The signature of a manifest, not verified; None if the coordinator has none, or is older than signatures.
+
+        Raises SignatureError for an answer that is no signature.
+        """
+        try:
+            response = self._send("signature", "GET", f"/v1/manifests/{digest}/signature", b"")
+        except UnknownNameError:
+            return None
+        return parse_signature(response.content, f"the signature from {self.url}")
 
     def download(self, digest: str, target: Path, max_bytes: int | None = None) -> None:
         """Appends to `target` what is still missing of a blob; a cut connection resumes where it was cut.

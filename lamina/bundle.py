@@ -1,32 +1,71 @@
-"""A bundle on disk: `manifest.json` and `blobs/<sha256>`. Reading verifies every byte before anything is used."""
+"""A bundle on disk: `manifest.json`, `manifest.sig` and `blobs/<sha256>`. Reading verifies every byte, and who made it,
+before anything is used."""
 
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 from lamina.errors import BundleError, HashMismatchError
+from lamina.files import write_durably
+from lamina.keys import SigningKey, users_trust
 from lamina.manifest import Manifest
+from lamina.signing import Trust, parse_signature
+from lamina.tensors import hash_bytes
+from lamina.wire import Signature
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 BLOBS = "blobs"
 
 
-def read_bundle(folder: Path, on_blob: Callable[[int, int], None] = lambda done, total: None) -> Manifest:
-    """The manifest of a bundle whose blobs are all there and unaltered.
+def read_bundle(
+    folder: Path,
+    on_blob: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    trust: Trust | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Manifest:
+    """The manifest of a bundle that a trusted key signed, and whose blobs are all there and unaltered.
 
-    `on_blob(done, total)` is called after each verified blob. Raises BundleError for a missing blob or a wrong size and
-    HashMismatchError for altered content, naming the file.
+    `trust` is by default that of this machine's user. `tell` is called with who signed; `on_blob(done, total)` after each
+    verified blob. Raises SignatureError for a bundle that is unsigned (unless `trust` allows that), altered, or signed by
+    another key; BundleError for a missing blob or a wrong size, and HashMismatchError for altered content, naming the file.
     """
-    if not (folder / MANIFEST).is_file():
-        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with `lamina export`")
-    manifest = Manifest.from_file(folder / MANIFEST)
+    data = manifest_bytes(folder)
+    tell(f"{folder}: {(trust or users_trust()).check(hash_bytes(data), read_signature(folder))}")
+    manifest = Manifest.from_json(data, str(folder / MANIFEST))
+    read_blobs(folder, manifest, on_blob)
+    return manifest
+
+
+def read_blobs(folder: Path, manifest: Manifest, on_blob: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Verifies that the blobs of a manifest are all there and unaltered; raises as `read_bundle` does."""
     for done, (digest, size) in enumerate(manifest.blobs.items(), start=1):
         path = blob_path(folder, digest)
         if not path.is_file():
             raise BundleError(f"blob {digest} is missing from {path.parent}; export the bundle again")
         check_blob(path, digest, size)
         on_blob(done, len(manifest.blobs))
-    return manifest
+
+
+def manifest_bytes(folder: Path) -> bytes:
+    """The bytes that are signed, and whose sha256 is the bundle's identity. Raises BundleError if there are none."""
+    if not (folder / MANIFEST).is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}; make one with `lamina export`")
+    return (folder / MANIFEST).read_bytes()
+
+
+def read_signature(folder: Path) -> Signature | None:
+    """The bundle's signature, not verified; None if it has none. Raises SignatureError if the file holds something else."""
+    path = folder / SIGNATURE
+    return parse_signature(path.read_bytes(), str(path)) if path.exists() else None
+
+
+def sign_bundle(folder: Path, key: SigningKey, manifest: bytes | None = None) -> Signature:
+    """Writes `manifest.sig` for the manifest of a bundle, or for one that is about to be written there."""
+    signature = key.sign(manifest_bytes(folder) if manifest is None else manifest)
+    write_durably(folder / SIGNATURE, signature.to_json())
+    return signature
 
 
 def blob_path(folder: Path, digest: str) -> Path:

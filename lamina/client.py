@@ -12,12 +12,12 @@ from typing import Any, Self
 import httpx
 from pydantic import ValidationError
 
-from lamina.bundle import blob_path
+from lamina.bundle import blob_path, manifest_bytes, read_signature
 from lamina.errors import ConfigError, HashMismatchError, LaminaError, ProtocolError, UnreachableError, all_errors
 from lamina.files import write_durably
 from lamina.manifest import Manifest
 from lamina.tensors import hash_bytes
-from lamina.wire import Problem, Published, RunList, RunStatus
+from lamina.wire import SIGNATURE_HEADER, Problem, Published, RunList, RunStatus
 
 TOKEN_VARIABLE = "LAMINA_TOKEN"
 _PIECE_BYTES = 1 << 20
@@ -63,7 +63,7 @@ class Client:
         )
 
     def publish(self, folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] = lambda count: None) -> Published:
-        """Sends the blobs of a verified bundle that the coordinator lacks, then its manifest.
+        """Sends the blobs of a verified bundle that the coordinator lacks, then its manifest with the signature, if it has one.
 
         `on_bytes` is called with the number of bytes that were sent, or that need not be sent.
         """
@@ -72,7 +72,10 @@ class Client:
                 on_bytes(size)
             else:
                 self.put_blob(digest, blob_path(folder, digest), on_bytes)
-        answer = self._send("POST", "/v1/runs", content=manifest.to_json())
+        # The file's own bytes, not the record's: they are what was signed.
+        signature = read_signature(folder)
+        headers = {SIGNATURE_HEADER: signature.model_dump_json()} if signature else None
+        answer = self._send("POST", "/v1/runs", content=manifest_bytes(folder), headers=headers)
         return Published.from_json(answer.content, "the answer to publishing")
 
     def has_blob(self, digest: str) -> bool:

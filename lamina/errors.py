@@ -10,6 +10,7 @@
       BundleError            a file does not hold what its manifest says
         HashMismatchError    the bytes have another sha256 than promised
         TensorFileError      a tensor file is damaged, or holds other tensors than expected
+        SignatureError       a bundle is unsigned, altered after signing, or signed by a key that is not trusted here
       ProtocolError          the coordinator refuses a request
         NotEnrolledError     the token is missing, wrong or revoked
         UnknownNameError     no such device, run, stage, round or blob
@@ -74,6 +75,10 @@ class HashMismatchError(BundleError):
 
 class TensorFileError(BundleError):
     code = "tensor-file"
+
+
+class SignatureError(BundleError):
+    code = "signature"
 
 
 class ProtocolError(LaminaError):

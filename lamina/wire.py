@@ -8,7 +8,8 @@ for what a device does, the admin token for publishing.
     POST /v1/check-in                                             CheckIn -> Assignment | Wait | Refused
     GET  /v1/blobs/{sha256}                                       bytes; ETag is the sha256, Range is honoured
     PUT  /v1/blobs/{sha256}                                       bytes -> 201, or 200 if it was there (admin)
-    POST /v1/runs                                                 Manifest -> Published (admin)
+    POST /v1/runs                                                 Manifest, Signature in a header -> Published (admin)
+    GET  /v1/manifests/{sha256}/signature                         Signature
     GET  /v1/runs                                                 RunList
     GET  /v1/runs/{run}                                           RunStatus
     PUT  /v1/runs/{run}/stages/{stage}/rounds/{round}/update      tensor file, TrainReport in a header -> Accepted
@@ -31,6 +32,8 @@ from lamina.tensors import Encoding
 
 REPORT_HEADER = "Lamina-Report"
 """Header of an update: the TrainReport as JSON in ASCII."""
+SIGNATURE_HEADER = "Lamina-Signature"
+"""Header of a manifest that is published: its Signature as JSON in ASCII."""
 DIGEST_HEADER = "Content-Digest"
 """Header of every upload body: `sha-256=:<base64>:` (RFC 9530)."""
 MAX_JSON_BYTES = 16 << 20
@@ -49,6 +52,19 @@ class Problem(Record):
     title: str
     status: int
     detail: str
+
+
+class Signature(Record):
+    """Who made a bundle: an Ed25519 signature of its manifest's bytes (`lamina.signing` has the signed message).
+
+    `key_name` is what the signer calls the key. The signature does not cover it, so it decides nothing.
+    """
+
+    format: Literal[1] = 1
+    algorithm: Literal["ed25519"] = "ed25519"
+    public_key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+    key_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
 
 
 class Enrolment(Record):

@@ -55,6 +55,21 @@ def join(
             "stored.",
         ),
     ] = None,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Public key of the exporter, as `lamina key show` prints it there: programs that another key signed are "
+            "refused. Repeat it for more than one. Kept in the state folder; keys given now replace those kept. Without it, "
+            "the first key that the coordinator shows is kept, and its fingerprint told.",
+        ),
+    ] = None,
+    allow_unsigned: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unsigned", help="Run programs that nobody signed. Whoever alters them on the way is then unseen."
+        ),
+    ] = False,
 ) -> None:
     """Train on this machine's data as a device of a coordinator.
 
@@ -63,6 +78,7 @@ def join(
     out, that is one failed attempt, and the device goes on.
     """
     from edge_client.start import start
+    from lamina.signing import key_text, parse_key
 
     if engine not in ENGINES:
         raise ConfigError(f"there is no engine {engine!r}; known: {', '.join(ENGINES)}")
@@ -78,5 +94,7 @@ def join(
             "until_finished": until_finished,
             "is_resident": resident,
             "disk_bytes": None if disk_mb is None else disk_mb * 10**6,
+            "trust": [key_text(parse_key(key)) for key in trust or ()],
+            "allow_unsigned": allow_unsigned,
         }
     )

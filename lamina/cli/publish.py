@@ -13,21 +13,32 @@ def publish(
         Path | None,
         typer.Option(help="File with the admin token; without it, the environment variable LAMINA_TOKEN is read."),
     ] = None,
+    allow_unsigned: Annotated[
+        bool,
+        typer.Option("--allow-unsigned", help="Publish a bundle that nobody signed; the coordinator must allow it too."),
+    ] = False,
 ) -> None:
     """Verify a bundle, send what the coordinator lacks of it, and start a run.
 
-    Prints the name of the new run. Publishing the same bundle again sends no blob twice and starts another run.
+    Prints the name of the new run. Publishing the same bundle again sends no blob twice and starts another run. The bundle
+    must be signed by a key of this machine, or by one that was trusted with `lamina key trust`.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from lamina.bundle import read_bundle
     from lamina.client import Client, read_token
+    from lamina.keys import users_trust
 
     token = read_token(token_file)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, transient=True) as progress, Client(url, token) as client:
         verifying = progress.add_task("verify", total=None)
-        manifest = read_bundle(bundle, lambda done, total: progress.update(verifying, completed=done, total=total))
+        manifest = read_bundle(
+            bundle,
+            lambda done, total: progress.update(verifying, completed=done, total=total),
+            trust=users_trust(allow_unsigned),
+            tell=lambda line: typer.echo(line, err=True),
+        )
         progress.remove_task(verifying)
         sending = progress.add_task("send", total=sum(manifest.blobs.values()))
         published = client.publish(bundle, manifest, lambda count: progress.advance(sending, count))

@@ -29,23 +29,48 @@ def serve(
             help="Longest time in seconds after which a waiting device asks again; raise it for a large fleet.",
         ),
     ] = 2.0,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            help="Public key of an exporter, as `lamina key show` prints it there: bundles that it signed may be published. "
+            "Repeat it for more than one. Kept in the state folder; keys given now replace those given before. Keys of this "
+            "machine, and those of `lamina key trust`, are trusted too.",
+        ),
+    ] = None,
+    allow_unsigned: Annotated[
+        bool,
+        typer.Option(
+            "--allow-unsigned", help="Take bundles that nobody signed. Devices refuse them all the same, unless told too."
+        ),
+    ] = False,
 ) -> None:
     """Run a coordinator until it is interrupted.
 
     Prints its address, which also stands in the file `address` of the state folder, and the paths of two token files:
     devices join with the enrolment token, `lamina publish` and `lamina status` use the admin token. Whatever was accepted
-    survives a crash; start again with the same folder to continue.
+    survives a crash; start again with the same folder to continue. A bundle that no trusted key signed is refused.
     """
     import logging
 
     from coordinator.serve import serve as run_coordinator
     from coordinator.settings import Settings
     from lamina.errors import ConfigError
+    from lamina.signing import TrustedKeys
 
     if wait_seconds_min > wait_seconds_max:
         raise ConfigError(f"--wait-seconds-min {wait_seconds_min} is above --wait-seconds-max {wait_seconds_max}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    settings = Settings(state=state, host=host, port=port, wait_seconds_min=wait_seconds_min, wait_seconds_max=wait_seconds_max)
+    settings = Settings(
+        state=state,
+        host=host,
+        port=port,
+        wait_seconds_min=wait_seconds_min,
+        wait_seconds_max=wait_seconds_max,
+        allow_unsigned=allow_unsigned,
+    )
+    if trust:
+        TrustedKeys.given(trust, "given to `lamina serve --trust`").write(settings.trusted)
 
     def tell(url: str) -> None:
         typer.echo(f"The coordinator listens on {url}")

@@ -23,7 +23,9 @@ import numpy as np
 
 from coordinator.app import create_app
 from coordinator.settings import Settings
+from lamina.bundle import sign_bundle
 from lamina.compression import Compression, compress
+from lamina.keys import own_key
 from lamina.manifest import Manifest, Program, StageCost, StagePrograms
 from lamina.model import Encoder, ModelDescription, Projection, SensorWindows, Supervised
 from lamina.plan import Cohort, Plan, Training
@@ -32,6 +34,7 @@ from lamina.strategies import make_stages
 from lamina.tensors import Encoding, Float32, decode_file, encode, hash_bytes
 from lamina.wire import (
     CHECK_IN_ANSWER,
+    SIGNATURE_HEADER,
     Assignment,
     CheckIn,
     Enrolled,
@@ -59,6 +62,7 @@ class Bundle:
         (folder / "manifest.json").write_bytes(self.manifest.to_json())
         for digest, data in self.blobs.items():
             (folder / "blobs" / digest).write_bytes(data)
+        sign_bundle(folder, own_key())
         return folder
 
 
@@ -195,9 +199,14 @@ class Coordinator:
     def publish(self, bundle: Bundle) -> str:
         for digest, data in bundle.blobs.items():
             self.http.put(f"/v1/blobs/{digest}", content=data, headers=self.admin).raise_for_status()
-        answer = self.http.post("/v1/runs", content=bundle.manifest.to_json(), headers=self.admin)
+        answer = self.post_manifest(bundle.manifest.to_json())
         assert answer.status_code == 201, answer.text
         return Published.model_validate_json(answer.content).run
+
+    def post_manifest(self, manifest: bytes) -> httpx.Response:
+        """Publishes a manifest signed by this machine's key, which the coordinator trusts."""
+        signature = own_key().sign(manifest).model_dump_json()
+        return self.http.post("/v1/runs", content=manifest, headers={**self.admin, SIGNATURE_HEADER: signature})
 
     def join(self, name: str, **facts: Any) -> "Device":
         answer = self.http.post("/v1/devices", json={"name": name}, headers=self.enroller)

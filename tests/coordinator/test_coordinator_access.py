@@ -19,6 +19,7 @@ CALLS = [
     ("GET", f"/v1/blobs/{'0' * 64}"),
     ("PUT", f"/v1/blobs/{'0' * 64}"),
     ("POST", "/v1/runs"),
+    ("GET", f"/v1/manifests/{'0' * 64}/signature"),
     ("GET", "/v1/runs"),
     ("GET", "/v1/runs/run-1"),
     ("PUT", f"{ROUND}/update"),

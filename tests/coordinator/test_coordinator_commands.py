@@ -136,7 +136,8 @@ def test_a_bundle_is_published_and_its_run_shown(served: Process, bundle: tuple[
     assert "no run was published yet" in call(status, served.url, token=token).output
 
     published = call(publish, bundle[1], served.url, token=token)
-    assert published.exit_code == 0 and published.output.split() == ["run-1"]
+    assert published.exit_code == 0 and published.stdout.split() == ["run-1"]
+    assert "signed by key" in published.stderr and "(default, a key of this machine)" in published.stderr
     waiting = call(status, served.url, "run-1", environment={TOKEN_VARIABLE: token.read_text()})
     assert "run-1: tiny_plan, running" in waiting.output and "0 of 1 devices are here" in waiting.output
 

@@ -12,7 +12,8 @@ from coordinator.updates import MAX_DIFFERENCE
 from lamina import wire
 from lamina.errors import all_errors
 from lamina.record import Record
-from lamina.wire import DIGEST_HEADER, MAX_JSON_BYTES, REPORT_HEADER
+from lamina.signing import signed_message
+from lamina.wire import DIGEST_HEADER, MAX_JSON_BYTES, REPORT_HEADER, SIGNATURE_HEADER
 
 DOCS = Path(__file__).parents[2] / "docs"
 PROTOCOL = (DOCS / "protocol.md").read_text()
@@ -48,7 +49,7 @@ def test_there_is_a_section_for_each_endpoint_and_no_other(coordinator: InProces
         if method != "HEAD"
     }
     titles = {title for title in sections(PROTOCOL, "##") if title.partition(" ")[0] in ("GET", "POST", "PUT")}
-    assert len(routes) == 10
+    assert len(routes) == 11
     assert titles == routes
 
 
@@ -60,7 +61,7 @@ def test_the_list_in_wire_py_has_the_same_endpoints(coordinator: InProcess) -> N
 
 
 def test_every_message_has_a_section() -> None:
-    assert len(MESSAGES) == 15
+    assert len(MESSAGES) == 16
     assert {message.__name__ for message in MESSAGES} == set(sections(PROTOCOL, "###"))
 
 
@@ -77,7 +78,7 @@ def test_the_words_that_a_field_may_hold_are_listed(message: type[Record]) -> No
     for name, schema in properties.items():
         words = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
         if words:
-            assert re.findall(r"`(\w+)`", table[name][0]) == words
+            assert re.findall(r"`(\w+)`", table[name][0]) == [str(word) for word in words]
 
 
 def test_the_links_within_the_protocol_lead_somewhere() -> None:
@@ -95,6 +96,7 @@ def test_the_numbers_and_headers_are_those_of_the_code() -> None:
     assert MAX_JSON_BYTES == 16 << 20 and "16 MiB" in PROTOCOL
     assert MAX_DIFFERENCE == 1e30 and "1e30" in PROTOCOL and "1e30" in ERRORS
     assert f"`{DIGEST_HEADER}: sha-256=" in PROTOCOL and f"`{REPORT_HEADER}`" in PROTOCOL
+    assert f"`{SIGNATURE_HEADER}`" in PROTOCOL and b"lamina bundle v1\0" + bytes(32) == signed_message("00" * 32)
 
 
 def test_the_codes_and_statuses_of_the_protocol_page_are_real() -> None:

@@ -8,7 +8,7 @@ from lamina.tensors import encode, hash_bytes
 
 
 def post(coordinator: InProcess, manifest: Manifest):
-    return coordinator.http.post("/v1/runs", content=manifest.to_json(), headers=coordinator.admin)
+    return coordinator.post_manifest(manifest.to_json())
 
 
 def test_a_published_run_waits_for_its_cohort(coordinator: InProcess) -> None:
@@ -80,7 +80,7 @@ def test_initial_weights_of_another_shape_are_refused_by_segment(coordinator: In
 
 def test_a_manifest_with_an_unknown_key_is_refused(coordinator: InProcess) -> None:
     text = make_bundle().manifest.to_json().replace(b'"format"', b'"fromat"')
-    answer = coordinator.http.post("/v1/runs", content=text, headers=coordinator.admin)
+    answer = coordinator.post_manifest(text)
     assert "fromat" in problem_of(answer, 422, "config")
 
 

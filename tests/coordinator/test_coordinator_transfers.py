@@ -404,14 +404,14 @@ def test_initial_weights_must_be_fp32(coordinator: InProcess) -> None:
     )
     for blob in (*bundle.blobs.values(), data):
         coordinator.http.put(f"/v1/blobs/{hash_bytes(blob)}", content=blob, headers=coordinator.admin)
-    answer = coordinator.http.post("/v1/runs", content=manifest.to_json(), headers=coordinator.admin)
+    answer = coordinator.post_manifest(manifest.to_json())
     assert "segment head: encoded as int8; they must be fp32" in problem_of(answer, 422, "tensor-file")
 
 
 def test_a_plan_with_a_compression_that_is_not_installed_is_refused(coordinator: InProcess, monkeypatch) -> None:
     monkeypatch.setattr("coordinator.publish.available_compressions", lambda: ("none",))
     manifest = make_bundle(compression="zstd").manifest
-    answer = coordinator.http.post("/v1/runs", content=manifest.to_json(), headers=coordinator.admin)
+    answer = coordinator.post_manifest(manifest.to_json())
     assert "pip install 'lamina[coordinator]'" in problem_of(answer, 422, "config")
 
 

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import httpx
 
+from lamina.keys import own_key
 from lamina.tensors import decode_file, encode, hash_bytes
 from lamina.wire import Accepted, Assignment, Enrolled, Evaluation, Problem, TrainReport, Wait
 from tests.edge_client.tiny import make_segment
@@ -27,6 +28,7 @@ class FakeCoordinator:
         ]
         self.requests, self.reports, self.updates, self.evaluations = [], [], [], []
         self.lease_seconds = 600.0
+        self.signature = own_key().sign(manifest.to_json())
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         path, body = request.url.path, request.read()
@@ -42,6 +44,8 @@ class FakeCoordinator:
             digest = path.rpartition("/")[2]
             headers = {"ETag": f'"{digest}"', "Content-Length": str(len(self.blobs[digest]))}
             return httpx.Response(200, stream=httpx.ByteStream(self.blobs[digest]), headers=headers)
+        if path == f"/v1/manifests/{self.manifest.digest}/signature":
+            return answer(self.signature) if self.signature else problem("unknown-name", 404, "there is no signature")
         *_, stage, _, round, what = path.split("/")
         work = ("train" if what == "update" else "evaluate", int(stage), int(round))
         if not self.steps or self.steps[0] != work:

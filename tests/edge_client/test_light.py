@@ -11,7 +11,20 @@ from edge_client import supervisor
 from edge_client.memory import peak_bytes
 from tests.edge_client.tiny import initial_weights
 
-HEAVY = ("torch", "executorch", "onnx", "onnxruntime", "rich", "typer", "click", "pygments", "fastapi", "export", "coordinator")
+HEAVY = (
+    "torch",
+    "executorch",
+    "onnx",
+    "onnxruntime",
+    "rich",
+    "typer",
+    "click",
+    "pygments",
+    "fastapi",
+    "export",
+    "coordinator",
+    "cryptography",
+)
 
 
 def fresh(code, *arguments):
