@@ -10,7 +10,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-arm64 lint format docs bench bench-engines bench-memory bench-transfers bench-reductions bench-accuracy \
-	bench-fit clean
+	bench-fit bench-fidelity bench-minilm clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lamina demo $(ARGS)
@@ -35,7 +35,7 @@ format: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python -m lamina.cli.reference
 
-bench: bench-engines bench-memory bench-transfers bench-reductions bench-accuracy bench-fit
+bench: bench-engines bench-memory bench-transfers bench-reductions bench-accuracy bench-fit bench-fidelity bench-minilm
 
 bench-engines: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.engines
@@ -61,14 +61,20 @@ bench-accuracy: $(VENV)/.ready
 bench-fit: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.fit
 
+bench-fidelity: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.fidelity
+
+bench-minilm: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.minilm
+
 # torch first, from the index that the user names; then lamina with its extras. ExecuTorch declares about 40 packages that
 # nothing here imports, so it is installed without them, and then the few that it does import.
 $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "lamina needs Python 3.11 or 3.12 (PYTHON=...)"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/pip install --quiet -e '.[export,coordinator,onnxruntime,torch,bench,dev]'
-	$(BIN)/pip install --quiet --no-deps executorch==1.5.1 'torchao>=0.18,<0.19'
+	$(BIN)/pip install --quiet -e '.[export,coordinator,onnxruntime,torch,bench,data,dev]'
+	$(BIN)/pip install --quiet --no-deps executorch==1.5.1 'torchao>=0.18,<0.19' timm==1.0.31 torchvision==0.28.0
 	$(BIN)/pip install --quiet flatbuffers ruamel.yaml tabulate pyyaml packaging
 	touch $@
 

@@ -5,10 +5,13 @@ each device, HTTP between them. Only the data is dealt out by this script. The r
 on the machine's devices; the runs of one modality each follow with the same devices, to see what fusion brings.
 """
 
+import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +30,10 @@ from export.assemble import assemble
 from export.bundle import export_bundle
 from lamina.client import Client, read_token
 from lamina.errors import ConfigError
+from lamina.keys import VARIABLE, own_key
 from lamina.manifest import EngineName, Manifest
 from lamina.plan import Plan, StrategyName
+from lamina.signing import key_text
 from lamina.tensors import decode_file
 from lamina.wire import RunStatus
 
@@ -51,10 +56,15 @@ class DemoSettings:
 
 def run_demo(settings: DemoSettings) -> None:
     """Runs the demo and writes its report. Raises ConfigError if the output folder holds something else."""
+    _claim(settings.out)
+    with _own_keys((settings.out / "keys").resolve()):
+        _run(settings)
+
+
+def _run(settings: DemoSettings) -> None:
     started = time.monotonic()
     console = Console()
     out = settings.out
-    _claim(out)
     console.print(f"[bold]AV-Digits {settings.level}[/bold], seed {settings.seed}, over {settings.devices} devices")
     train, test = load_av_digits(settings.level, settings.seed)
     files = deal_data(train, test, settings, out / "data")
@@ -72,10 +82,13 @@ def run_demo(settings: DemoSettings) -> None:
         url = processes.wait_for_file(state / "address", timeout_seconds=60)
         with Client(url, read_token(state / "admin.token")) as client:
             runs = [client.publish(_bundle(out, plans[0]), manifest).run]
+            trust = ["--trust", key_text(own_key().public_key)]
             for index, file in enumerate(files):
                 name, engine = f"device-{index}", settings.engines[index % len(settings.engines)]
                 arguments = ["--data", str(file), "--name", name, "--engine", engine, "--state", str(out / "devices" / name)]
-                processes.start(name, ["join", url, *arguments, "--token-file", str(state / "enrolment.token"), "--resident"])
+                processes.start(
+                    name, ["join", url, *arguments, "--token-file", str(state / "enrolment.token"), *trust, "--resident"]
+                )
             others = [background.submit(_export_quietly, plan, settings) for plan in plans[1:]]
             statuses = _watch(client, runs, plans, others, processes, out, console)
             client.pull_weights(statuses[0], out / "weights")
@@ -135,7 +148,7 @@ def _claim(out: Path) -> None:
         raise ConfigError(f"--out {out} is not empty and not of an earlier demo; give another folder, or empty it")
     out.mkdir(parents=True, exist_ok=True)
     marker.touch()
-    for part in ("coordinator", "devices", "logs", "data", "weights", "model", "bundles"):
+    for part in ("coordinator", "devices", "keys", "logs", "data", "weights", "model", "bundles"):
         if (out / part).exists():
             _remove(out / part)
 
@@ -147,6 +160,20 @@ def _remove(folder: Path) -> None:
         else:
             path.unlink()
     folder.rmdir()
+
+
+@contextmanager
+def _own_keys(folder: Path) -> Iterator[None]:
+    """The demo's own key, for its processes too: it leaves the user's keys alone."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
 
 
 def _bundle(out: Path, plan: Plan) -> Path:

@@ -21,10 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from export.cut import example_inputs, find_segments, raw_input
+from export.cut import example_inputs, find_pools, find_segments, raw_input
 from export.lower_onnx import OPSET, serialize
-from export.models import build_model, l2_normalise
+from export.models import build_model
+from export.objectives import l2_normalise
 from export.quiet import quiet
+from export.rewrites import plain_operations
 from export.trace import allow_batches, traced_batch
 from lamina.errors import ConfigError, ParityError, TensorFileError
 from lamina.files import write_durably
@@ -110,11 +112,7 @@ def attached_model(plan: Plan) -> ModelDescription:
     return plan.model.model_copy(
         update={
             "encoders": tuple(
-                encoder.model_copy(
-                    update={
-                        "layers": sum(layer(encoder.modality, i) in (*last.active, *last.frozen) for i in range(encoder.layers))
-                    }
-                )
+                encoder.first(sum(layer(encoder.modality, i) in (*last.active, *last.frozen) for i in range(encoder.layers)))
                 for encoder in plan.model.encoders
             )
         }
@@ -127,6 +125,7 @@ class _Network(nn.Module):
     def __init__(self, model: nn.Module, description: ModelDescription) -> None:
         super().__init__()
         self.segments = nn.ModuleList(find_segments(model, description).values())
+        self.pools = nn.ModuleList(find_pools(model, description).values())
         position = {name: index for index, name in enumerate(find_segments(model, description))}
         self.routes = [
             (
@@ -139,10 +138,10 @@ class _Network(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         embeddings = []
-        for x, (chain, projection_at) in zip(inputs, self.routes, strict=True):
+        for x, pool, (chain, projection_at) in zip(inputs, self.pools, self.routes, strict=True):
             for index in chain:
                 x = self.segments[index](x)
-            embeddings.append(self.segments[projection_at](x.mean(dim=1)))
+            embeddings.append(self.segments[projection_at](pool(x)))
         if self.head is not None:
             return (self.segments[self.head](torch.cat(embeddings, dim=-1)),)
         return tuple(l2_normalise(z) for z in embeddings)
@@ -207,7 +206,8 @@ def _to_executorch(network: _Network, example: tuple[Tensor, ...], max_batch: in
 
 def _trace(network: _Network, example: tuple[Tensor, ...], max_batch: int) -> ExportedProgram:
     shapes = (tuple({0: traced_batch(max_batch)} for _ in example),)
-    program = torch.export.export(network.eval(), example, dynamic_shapes=shapes)
+    with plain_operations():
+        program = torch.export.export(network.eval(), example, dynamic_shapes=shapes)
     allow_batches(program, max_batch)
     return program
 

@@ -8,6 +8,7 @@ the first share their programs, and so do frozen layers.
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,16 +18,19 @@ from torch import Tensor, nn
 
 from export.cache import ProgramCache, default_cache
 from export.cost import TRAINING_FACTOR, embedding_bytes, forward_macs, planned_bytes
-from export.cut import StageCut, cut_stage, describe_segment, example_inputs, features, find_segments, raw_input
+from export.cut import StageCut, cut_stage, describe_segment, example_inputs, find_pools, find_segments, segment_input
 from export.models import build_model
 from export.prefix_errors import RANDOM_INPUTS, measure_prefix, random_sample, read_sample
 from export.programs import Keys, ProgramSet, needs_embeddings
+from export.proofs import by_modality, prove_model
+from export.report import plan_examples
 from export.worker import lowering_pool
 from lamina import __version__
-from lamina.bundle import BLOBS, MANIFEST, blob_path, hash_file
+from lamina.bundle import BLOBS, MANIFEST, SIGNATURE, blob_path, hash_file, sign_bundle
 from lamina.errors import ConfigError, ExportError
 from lamina.files import write_durably
-from lamina.manifest import ENGINES, EngineName, Manifest, StageCost, StagePrograms
+from lamina.keys import SigningKey, own_key
+from lamina.manifest import ENGINES, EngineName, Manifest, Rewrite, StageCost, StagePrograms
 from lamina.plan import Plan, Stage
 from lamina.segments import TensorSpec
 from lamina.tensors import Encoding, encode, hash_bytes
@@ -51,13 +55,15 @@ def export_bundle(
     workers: int | None = None,
     cache: Path | None = None,
     sample: Path | None = None,
+    notes: Sequence[str] = (),
+    rewrites: Sequence[Rewrite] = (),
 ) -> Manifest:
     """Writes `manifest.json` and `blobs/` into the folder, and returns the manifest.
 
-    `model` has the weights to start from and the shape described in `export.cut`; without it, the model of the plan is
-    built with random weights from `plan.seed`. `on_progress(phase, done, total)` is called with the phases `trace` and
-    `lower`. At most `workers` processes lower at the same time (default: one per core). `cache` holds lowered programs
-    (default: `$LAMINA_CACHE` or `~/.cache/lamina/programs`).
+    `model` has the weights to start from and the shape described in `export.cut`; without it, the model of the plan is built
+    (`export.models`). `notes` and `rewrites` are written into the manifest. `on_progress(phase, done, total)` is called with
+    the phases `trace` and `lower`. At most `workers` processes lower at the same time (default: one per core). `cache` holds
+    lowered programs (default: `$LAMINA_CACHE` or `~/.cache/lamina/programs`).
 
     The error of an int8 prefix is measured on the first 64 training examples of `sample`, an .npz as devices have it, or else
     on random inputs; and on the weights of this bundle, that is before training. It tells whether a model bears int8 at all;
@@ -71,7 +77,8 @@ def export_bundle(
         raise ConfigError(f"engines must be one or more of {', '.join(ENGINES)}, each once; given {list(engines)}")
     versions = {engine: _versions(engine) for engine in engines}
     measured_on = _measured_on(plan, sample)
-    model = build_model(plan.model, plan.seed) if model is None else model
+    model = build_model(plan.model, plan.seed) if model is None else deepcopy(model)
+    model.eval()
     segments = find_segments(model, plan.model)
     weights = {
         name: encode({key: value.detach().numpy() for key, value in module.named_parameters()})
@@ -79,8 +86,11 @@ def export_bundle(
     }
     initial = {name: hash_bytes(data) for name, data in weights.items()}
     _check_folder(folder, plan, initial)
+    signer = own_key()  # before the long work: what would keep it from being signed is known now
 
-    cuts = [cut_stage(segments, plan.model, stage, until_embeddings=needs_embeddings(plan)) for stage in plan.stages]
+    pools = find_pools(model, plan.model)
+    split = needs_embeddings(plan)
+    cuts = [cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=split) for stage in plan.stages]
     chosen: list[_StageKeys] = []
     frozen: dict[EngineName, dict[str, str]] = {engine: {} for engine in engines}
     loss: Keys = {}
@@ -133,6 +143,9 @@ def export_bundle(
         loss_programs={engine: address[key] for engine, key in loss.items()},
         prefix_errors=errors,
         prefix_errors_on=(hash_file(sample) if sample else RANDOM_INPUTS) if errors else "",
+        segment_macs={name: forward_macs(segments[name], example) for name, example in plan_examples(plan).items()},
+        rewrites=tuple(by_modality((*rewrites, *prove_model(segments, pools, plan.model)))),
+        notes=tuple(notes),
         stages=tuple(stages),
         blobs={digest: len(data) for digest, data in sorted(blobs.items())},
         versions={"lamina": __version__} | {name: number for found in versions.values() for name, number in found.items()},
@@ -140,7 +153,7 @@ def export_bundle(
     for cut, stage in zip(cuts, plan.stages, strict=True):
         if manifest.exchange_specs(stage.index) != list(cut.weights):
             raise ExportError(f"stage {stage.index}: tensors are not in exchange order; this is a fault of lamina")
-    _write(folder, manifest, blobs)
+    _write(folder, manifest, blobs, signer)
     return manifest
 
 
@@ -201,8 +214,7 @@ def _prefix_macs(plan: Plan, stage: Stage, segments: Mapping[str, nn.Module]) ->
     total = 0
     for encoder in plan.model.encoders:
         for name in stage.frozen_chain(plan.model, encoder.modality):
-            spec = raw_input(encoder) if name.endswith(".stem") else features(encoder)
-            total += forward_macs(segments[name], example_inputs(plan.model, (spec,), 1))
+            total += forward_macs(segments[name], example_inputs(plan.model, (segment_input(plan.model, name),), 1))
     return total
 
 
@@ -229,7 +241,7 @@ def _check_folder(folder: Path, plan: Plan, initial: dict[str, str]) -> None:
         return
     if not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder for the bundle")
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST, BLOBS))
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST, SIGNATURE, BLOBS))
     if strangers:
         raise ConfigError(f"{folder} holds other files ({', '.join(strangers[:3])}); give an empty folder for the bundle")
     if (folder / MANIFEST).exists():
@@ -238,10 +250,11 @@ def _check_folder(folder: Path, plan: Plan, initial: dict[str, str]) -> None:
             raise ConfigError(f"{folder} holds the bundle of another plan ({found.plan.name!r}); give an empty folder")
 
 
-def _write(folder: Path, manifest: Manifest, blobs: dict[str, bytes]) -> None:
+def _write(folder: Path, manifest: Manifest, blobs: dict[str, bytes], signer: SigningKey) -> None:
     """Blobs first, the manifest last: a folder with a manifest is whole. Blobs of an earlier export are removed."""
     for digest, data in blobs.items():
         write_durably(blob_path(folder, digest), data)
+    sign_bundle(folder, signer, manifest.to_json())
     write_durably(folder / MANIFEST, manifest.to_json())
     for path in (folder / BLOBS).iterdir():
         if path.name not in blobs:

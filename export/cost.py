@@ -4,14 +4,19 @@ FLOPs are multiply-accumulates of the forward pass for one sample, as a profiler
 convolutions; norms and activations are negligible. Training costs three times the forward pass, a frozen part once.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from math import prod
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lamina.plan import SGD, OptimizerSettings, Plan
@@ -19,12 +24,51 @@ from lamina.plan import SGD, OptimizerSettings, Plan
 TRAINING_FACTOR = 3
 
 
+# Operators that do dense arithmetic, by the words of their names.
+_DENSE = re.compile(
+    r"(^|_)(mm|addmm|bmm|baddbmm|mv|addmv|dot|vdot|matmul|linear|trilinear|conv\d?d?|convolution|attention|rnn|lstm|gru)(_|$)"
+)
+
+
 def forward_macs(module: nn.Module, example: Iterable[Tensor]) -> int:
-    """Multiply-accumulates of one forward pass; `example` holds one sample."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    """Multiply-accumulates of one forward pass; `example` holds one sample. Module and example may be on the meta device."""
+    return count_forward(module, example)[0]
+
+
+def count_forward(module: nn.Module, example: Iterable[Tensor]) -> tuple[int, tuple[str, ...]]:
+    """(multiply-accumulates, dense operators that the counter does not know) of one forward pass."""
+    counter, watch = FlopCounterMode(display=False), _Watch()
+    with torch.no_grad(), _unfused(), watch, counter:
         module(*example)
-    return int(counter.get_total_flops()) // 2
+    known = {str(packet).removeprefix("aten.") for packet in counter.flop_registry}
+    strangers = {name for name in watch.seen if _DENSE.search(name) and name not in known}
+    return int(counter.get_total_flops()) // 2, tuple(sorted(strangers))
+
+
+class _Watch(TorchDispatchMode):
+    """Names of the operators that reach the kernels, after the counter has decomposed what it can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """On a CPU, the fused kernels of attention, transformer layers and LSTMs would be counted as nothing."""
+    was_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with catch_warnings():
+            simplefilter("ignore", UserWarning)  # torch warns that a build without Intel GPUs has no TF32
+            with sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_fast)
 
 
 def moments_per_parameter(optimizer: OptimizerSettings) -> int:

@@ -5,13 +5,15 @@ them. Where a modality's stem is active, the cut module takes the raw input, els
 
 Any `nn.Module` of this shape can be cut (`export.models` describes it in words):
 
-    model.encoders[modality].stem      raw input -> (batch, tokens, width)
-    model.encoders[modality].layers    a ModuleList of (batch, tokens, width) -> the same
-    model.encoders[modality].norm      the same again; `nn.Identity()` if there is none
-    model.projections[modality]        (batch, width), the mean over tokens -> (batch, output)
+    model.encoders[modality].stem      raw input -> features, such as (batch, tokens, width)
+    model.encoders[modality].layers    a ModuleList of features -> features; the shape may change from layer to layer
+    model.encoders[modality].norm      the last shape again; `nn.Identity()` if there is none
+    model.encoders[modality].pool      those -> (batch, width), without parameters; if there is none, the mean over tokens
+    model.projections[modality]        (batch, width) -> (batch, output)
     model.head                         the joined projections -> (batch, classes), for a supervised objective
 
-What cannot be cut is refused here, before anything is traced, with the name of the layer or tensor and the way out.
+Everything is in evaluation mode: dropout is off and batch norm has frozen statistics, in training as in evaluation. What cannot
+be cut is refused here, before anything is traced, with the name of the layer or tensor and the way out.
 """
 
 from collections.abc import Mapping
@@ -22,12 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from export.objectives import apply_objective
+from export.trunk import MeanTokens
 from lamina.errors import CutError
 from lamina.manifest import LABEL
-from lamina.model import Encoder, ModelDescription, Supervised
+from lamina.model import Encoder, ModelDescription, ModuleEncoder, Supervised
 from lamina.plan import Stage
-from lamina.segments import HEAD, Segment, TensorSpec, layer, norm, projection, segment_names, stem
+from lamina.segments import HEAD, Segment, TensorSpec, layer, norm, prefix_chain, projection, segment_names, stem
 
+AnyEncoder = Encoder | ModuleEncoder
 Segments = Mapping[str, nn.Module]
 
 
@@ -54,9 +58,21 @@ def find_segments(model: nn.Module, description: ModelDescription) -> dict[str, 
             f"only in the description {sorted(set(segment_names(description)) - set(found))}; make the two agree"
         )
     _check_ownership(model, found)
-    _check_tensors(model)
-    _check_shapes(found, description)
+    check_tensors(model)
+    _check_shapes(found, find_pools(model, description), description)
     return found
+
+
+def find_pools(model: nn.Module, description: ModelDescription) -> dict[str, nn.Module]:
+    """Modality -> the module that makes (batch, width) of the normalised features. Raises CutError for one with parameters."""
+    encoders = _child(model, "encoders")
+    pools = {}
+    for modality in description.modalities:
+        pool = getattr(_item(encoders, modality, "encoders"), "pool", None) or MeanTokens()
+        if any(True for _ in pool.parameters()):
+            raise CutError(f"encoders[{modality!r}].pool has parameters, which no stage would train; move them into `norm`")
+        pools[modality] = pool
+    return pools
 
 
 def describe_segment(name: str, module: nn.Module, description: ModelDescription) -> Segment:
@@ -82,12 +98,21 @@ class StageCut:
     inputs: tuple[TensorSpec, ...]
 
 
-def cut_stage(segments: Segments, description: ModelDescription, stage: Stage, *, until_embeddings: bool = False) -> StageCut:
+def cut_stage(
+    segments: Segments,
+    description: ModelDescription,
+    stage: Stage,
+    *,
+    pools: Mapping[str, nn.Module] | None = None,
+    until_embeddings: bool = False,
+) -> StageCut:
     """The cut module of a stage: a copy of the active segments; the given model stays as it is.
 
+    `pools` are those of `find_pools`; without them, every modality takes the mean over its tokens.
     `until_embeddings` leaves out the objective, which must be one without a head and labels of its own.
     """
-    module = _StageModule(segments, description, stage, until_embeddings)
+    chosen = pools or {modality: MeanTokens() for modality in description.modalities}
+    module = _StageModule(segments, chosen, description, stage, until_embeddings)
     weights = tuple(
         TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
         for name in stage.active
@@ -96,22 +121,32 @@ def cut_stage(segments: Segments, description: ModelDescription, stage: Stage, *
     if [spec.shape for spec in weights] != [tuple(value.shape) for value in module.parameters()]:
         raise CutError(f"stage {stage.index}: the cut module's tensors are not in exchange order; this is a fault of lamina")
     inputs = [
-        raw_input(encoder) if stem(encoder.modality) in stage.active else features(encoder) for encoder in description.encoders
+        segment_input(description, stage.active_chain(description, m)[0])
+        if stage.active_chain(description, m)
+        else features(description.encoder(m), len(stage.frozen_chain(description, m)) - 1)
+        for m in description.modalities
     ]
     if isinstance(description.objective, Supervised):
         inputs.append(TensorSpec(name=LABEL, shape=(), dtype="int64"))
     return StageCut(module=module, weights=weights, inputs=tuple(inputs))
 
 
-def raw_input(encoder: Encoder) -> TensorSpec:
+def raw_input(encoder: AnyEncoder) -> TensorSpec:
     """What the stem takes."""
     is_text = encoder.input.kind == "text_tokens"
     return TensorSpec(name=encoder.modality, shape=encoder.input.shape, dtype="int64" if is_text else "float32")
 
 
-def features(encoder: Encoder) -> TensorSpec:
-    """What the stem and every layer give."""
-    return TensorSpec(name=encoder.modality, shape=(encoder.input.tokens, encoder.width))
+def features(encoder: AnyEncoder, depth: int) -> TensorSpec:
+    """What the stem (depth 0) or layer `depth - 1` gives."""
+    return TensorSpec(name=encoder.modality, shape=encoder.feature_shape(depth))
+
+
+def segment_input(description: ModelDescription, name: str) -> TensorSpec:
+    """What a stem or a layer takes."""
+    encoder = description.encoder(name.split(".", maxsplit=1)[0])
+    place = prefix_chain(description, encoder.modality).index(name)
+    return features(encoder, place - 1) if place else raw_input(encoder)
 
 
 def embedding(description: ModelDescription, modality: str) -> TensorSpec:
@@ -138,10 +173,18 @@ class _StageModule(nn.Module):
     """The active segments as `parts.0`, `parts.1`, ...: the names must not tell which layer of the model it is, so that
     stages of equal shape give the same graph."""
 
-    def __init__(self, segments: Segments, description: ModelDescription, stage: Stage, until_embeddings: bool) -> None:
+    def __init__(
+        self,
+        segments: Segments,
+        pools: Mapping[str, nn.Module],
+        description: ModelDescription,
+        stage: Stage,
+        until_embeddings: bool,
+    ) -> None:
         super().__init__()
         self.until_embeddings = until_embeddings
-        self.parts = nn.ModuleList(deepcopy(segments[name]).train().requires_grad_(True) for name in stage.active)
+        self.parts = nn.ModuleList(deepcopy(segments[name]).eval().requires_grad_(True) for name in stage.active)
+        self.pools = nn.ModuleList(pools[modality] for modality in description.modalities)
         position = {name: index for index, name in enumerate(stage.active)}
         self.routes = [
             [
@@ -155,10 +198,10 @@ class _StageModule(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         embeddings = []
-        for x, (chain, (norm_at, projection_at)) in zip(inputs, self.routes, strict=False):
+        for x, pool, (chain, (norm_at, projection_at)) in zip(inputs, self.pools, self.routes, strict=False):
             for index in chain:
                 x = self.parts[index](x)
-            embeddings.append(self.parts[projection_at](self.parts[norm_at](x).mean(dim=1)))
+            embeddings.append(self.parts[projection_at](pool(self.parts[norm_at](x))))
         if self.until_embeddings:
             return tuple(embeddings)
         if self.head is None:
@@ -199,7 +242,8 @@ def _check_ownership(model: nn.Module, segments: Segments) -> None:
             raise CutError(f"parameter {key!r} belongs to no segment, so nobody would train or send it; move it into one")
 
 
-def _check_tensors(model: nn.Module) -> None:
+def check_tensors(model: nn.Module) -> None:
+    """Raises CutError for a parameter that is not float32 on the CPU, and for a buffer."""
     for key, parameter in model.named_parameters():
         if parameter.dtype != torch.float32:
             raise CutError(f"parameter {key!r} is {parameter.dtype}; programs train float32: call model.float()")
@@ -212,22 +256,28 @@ def _check_tensors(model: nn.Module) -> None:
         )
 
 
-def _check_shapes(segments: Segments, description: ModelDescription) -> None:
+def _check_shapes(segments: Segments, pools: Mapping[str, nn.Module], description: ModelDescription) -> None:
     """Runs every segment once, on two random samples."""
     batch = 2
     for encoder in description.encoders:
-        expected = (batch, *features(encoder).shape)
+        modality = encoder.modality
         (x,) = example_inputs(description, (raw_input(encoder),), batch)
-        chain = [stem(encoder.modality), *(layer(encoder.modality, i) for i in range(encoder.layers)), norm(encoder.modality)]
         with torch.no_grad():
-            for name in chain:
-                x = _run(name, segments[name], x)
+            for depth, name in enumerate([*prefix_chain(description, modality), norm(modality)]):
+                x = run_segment(name, segments[name], x)
+                expected = (batch, *features(encoder, min(depth, encoder.layers)).shape)
                 if tuple(x.shape) != expected:
                     raise CutError(
-                        f"{name} gives shape {tuple(x.shape)} for {batch} samples, but the description promises {expected} "
-                        "(batch, tokens, width) after the stem, every layer and the norm; a layer must keep both"
+                        f"{name} gives shape {tuple(x.shape)} for {batch} samples, but the description promises {expected}; "
+                        "make the two agree"
                     )
-            z = _run(projection(encoder.modality), segments[projection(encoder.modality)], x.mean(dim=1))
+            x = run_segment(f"{modality}.pool", pools[modality], x)
+            if tuple(x.shape) != (batch, encoder.width):
+                raise CutError(
+                    f"encoders[{modality!r}].pool gives shape {tuple(x.shape)} for {batch} samples, but the description "
+                    f"promises {(batch, encoder.width)} (batch, width)"
+                )
+            z = run_segment(projection(modality), segments[projection(modality)], x)
         promised = (batch, description.projection.output)
         if tuple(z.shape) != promised:
             raise CutError(
@@ -236,7 +286,9 @@ def _check_shapes(segments: Segments, description: ModelDescription) -> None:
             )
 
 
-def _run(name: str, module: nn.Module, x: Tensor) -> Tensor:
+@torch.no_grad()
+def run_segment(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    """What a segment gives. Raises CutError that names it if it cannot take this input, or gives no tensor."""
     try:
         y = module(x)
     except (RuntimeError, TypeError, IndexError, ValueError) as error:

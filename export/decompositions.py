@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
+
+from export.convolutions import convolution_backward, max_pool_backward
 
 _ATEN = torch.ops.aten
 _MEAN = 1  # torch's number for reduction="mean"
@@ -21,6 +24,18 @@ def gelu_backward(gradient: Tensor, x: Tensor, *, approximate: str = "none") -> 
         return NotImplemented
     slope = (x * x * -0.5).exp() * (1 / sqrt(2 * pi)) * x
     return (slope + (torch.erf(x * sqrt(0.5)) * 0.5 + 0.5)) * gradient
+
+
+def silu_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """s (1 + x (1 - s)) with s = sigmoid(x). The ONNX exporter claims to know torch's operator and fails on it."""
+    slope = torch.sigmoid(x)
+    return ((1 - slope) * x + 1) * slope * gradient
+
+
+def mish_backward(gradient: Tensor, x: Tensor) -> Tensor:
+    """t + x s (1 - t t) with t = tanh(softplus(x)), s = sigmoid(x); for the same reason."""
+    curve = torch.tanh(softplus(x))
+    return ((1 - curve * curve) * torch.sigmoid(x) * x + curve) * gradient
 
 
 def softmax_backward(gradient: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
@@ -52,6 +67,10 @@ def nll_loss_backward(
 
 LEAN: dict[Any, Callable[..., Any]] = {
     _ATEN.gelu_backward.default: gelu_backward,
+    _ATEN.silu_backward.default: silu_backward,
+    _ATEN.mish_backward.default: mish_backward,
     _ATEN._softmax_backward_data.default: softmax_backward,
     _ATEN.nll_loss_backward.default: nll_loss_backward,
+    _ATEN.convolution_backward.default: convolution_backward,
+    _ATEN.max_pool2d_with_indices_backward.default: max_pool_backward,
 }

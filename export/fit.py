@@ -6,7 +6,7 @@ largest micro-batch. Only when that does not fit, the next smaller is looked at.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Literal, get_args
 
 from export.needs import MIB, StageNeeds, stage_needs
@@ -127,8 +127,7 @@ def _features(plan: Plan, disk_bytes: int | None, examples: int) -> tuple[Litera
 
     def needed(encoding: str) -> int:
         rows = [
-            examples * encoder.input.tokens * (encoder.width * _BYTES[encoding] + (_SCALE_BYTES if encoding == "int8" else 0))
-            for encoder in chains
+            examples * max(_row_bytes(encoder.feature_shape(d), encoding) for d in range(encoder.layers)) for encoder in chains
         ]
         # While one file is extended by a layer, its old and its new form exist.
         return int(sum(rows) * plan.training.features.views + max(rows, default=0))
@@ -140,6 +139,10 @@ def _features(plan: Plan, disk_bytes: int | None, examples: int) -> tuple[Litera
             return encoding, 1.0, needed(encoding)
     share = disk_bytes / needed("int8")
     return "int8", share, disk_bytes
+
+
+def _row_bytes(shape: tuple[int, ...], encoding: str) -> float:
+    return prod(shape) * _BYTES[encoding] + (_SCALE_BYTES * prod(shape[:-1]) if encoding == "int8" else 0)
 
 
 def _trace(plan: Plan, is_split: bool, on_progress: Callable[[str, int, int], None]) -> list[StageNeeds]:
@@ -163,7 +166,12 @@ def _with_layers(plan: Plan, layers: int) -> Plan:
     if layers in (0, own):
         return plan
     stages = make_stages(
-        plan.model, "layerwise", sum(stage.rounds for stage in plan.stages), plan.stages[0].learning_rate, layers
+        plan.model,
+        "layerwise",
+        sum(stage.rounds for stage in plan.stages),
+        plan.stages[0].learning_rate,
+        layers,
+        freeze_stems=any(name.endswith(".stem") for name in plan.stages[0].frozen),
     )
     return plan.model_copy(update={"stages": stages})
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.func import functional_call
-from torch.fx import Graph
 
 from export.order import make_weights_late
 from export.trace import Arrays, forward_graph, trace_function
@@ -38,7 +37,6 @@ def frozen_graph(module: nn.Module, example: Arrays, max_batch: int, precision: 
         return functional_call(module, dict(zip(names, restore(taken, axes), strict=True)), inputs)
 
     program = trace_function(run, take(weights, precision), example, max_batch)
-    _drop_dtype_checks(program.graph)
     make_weights_late(program.graph)
     program.graph_module.recompile()
     return program
@@ -55,10 +53,3 @@ def restore(taken: Arrays, axes: list[int]) -> Arrays:
     return tuple(
         next(values).to(torch.float32) * next(values).unsqueeze(1) if n == _MATRIX_AXES else next(values) for n in axes
     )
-
-
-def _drop_dtype_checks(graph: Graph) -> None:
-    """Tracing `.to()` leaves a check of the dtype that it saw; the manifest promises it."""
-    for node in list(graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)

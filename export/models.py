@@ -1,14 +1,32 @@
-"""The built-in family of small multimodal transformers, written so that every engine can train them.
+"""The model of a description: the built-in family of small multimodal transformers, or the user's encoders with our heads.
 
-The rules that make a model exportable (attention by hand, patches by reshape, no batch-size constants, no dropout) are
-kept here and nowhere else. Any other model goes through the same door: `encoders[modality]` with `stem`, `layers`,
-`norm`, a `projections[modality]` each, and optionally a `head`.
+Every model goes through the same door (`export.cut`): `encoders[modality]` with `stem`, `layers`, `norm` and `pool`, a
+`projections[modality]` each, and a `head` for a supervised objective.
 """
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lamina.model import AudioFrames, Encoder, ImagePatches, ModelDescription, Projection, SensorWindows, TextTokens
+from export.adapters import adapt
+from export.factory import call_factory
+from export.objectives import l2_normalise
+from export.proofs import engine_safe
+from export.trunk import MeanTokens, Trunk
+from lamina.errors import CutError
+from lamina.model import (
+    AudioFrames,
+    Encoder,
+    ImagePatches,
+    ModelDescription,
+    ModuleEncoder,
+    Projection,
+    SensorWindows,
+    TextTokens,
+)
 from lamina.segments import HEAD, layer, norm, projection, stem
 
 
@@ -105,36 +123,45 @@ class TextStem(nn.Module):
 
 
 class EncoderModule(nn.Module):
-    """stem -> layers -> norm -> mean over tokens."""
+    """stem -> layers -> norm -> pool."""
 
-    def __init__(self, spec: Encoder) -> None:
+    def __init__(self, trunk: Trunk) -> None:
         super().__init__()
-        self.stem = make_stem(spec)
-        self.layers = nn.ModuleList(Layer(spec.width, spec.heads, spec.mlp_ratio) for _ in range(spec.layers))
-        self.norm = nn.LayerNorm(spec.width)
+        self.stem = trunk.stem
+        self.layers = nn.ModuleList(trunk.layers)
+        self.norm = trunk.norm
+        self.pool = trunk.pool
 
 
 class ProjectionHead(nn.Module):
     """(batch, width) -> (batch, output)."""
 
-    def __init__(self, width: int, spec: Projection) -> None:
+    def __init__(self, width: int, hidden: int, output: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(width, spec.hidden)
-        self.out = nn.Linear(spec.hidden, spec.output)
+        self.hidden = nn.Linear(width, hidden)
+        self.out = nn.Linear(hidden, output)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(nn.functional.gelu(self.hidden(x)))
 
 
 class MultimodalModel(nn.Module):
-    """Encoders, projection heads and, for a supervised objective, a linear head on the concatenated projections."""
+    """Encoders, projection heads and, for a supervised objective, a linear head on the concatenated projections.
 
-    def __init__(self, description: ModelDescription) -> None:
+    `trunks` are those of the encoders that are modules; the others are of the family.
+    """
+
+    def __init__(self, description: ModelDescription, trunks: Mapping[str, Trunk]) -> None:
         super().__init__()
         self.description = description
-        self.encoders = nn.ModuleDict({spec.modality: EncoderModule(spec) for spec in description.encoders})
+        own = {spec.modality: family_trunk(spec) for spec in description.encoders if isinstance(spec, Encoder)}
+        chosen = {modality: own.get(modality) or trunks[modality] for modality in description.modalities}
+        self.encoders = nn.ModuleDict({modality: EncoderModule(trunk) for modality, trunk in chosen.items()})
         self.projections = nn.ModuleDict(
-            {spec.modality: ProjectionHead(spec.width, description.projection) for spec in description.encoders}
+            {
+                spec.modality: make_projection(spec.width, description.projection, chosen[spec.modality].projection)
+                for spec in description.encoders
+            }
         )
         if description.objective.kind == "supervised":
             joined = description.projection.output * len(description.encoders)
@@ -161,7 +188,7 @@ class MultimodalModel(nn.Module):
             x = encoder.stem(inputs[modality])
             for block in encoder.layers:
                 x = block(x)
-            embeddings[modality] = self.projections[modality](encoder.norm(x).mean(dim=1))
+            embeddings[modality] = self.projections[modality](encoder.pool(encoder.norm(x)))
         return embeddings
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -172,11 +199,52 @@ class MultimodalModel(nn.Module):
         return tuple(l2_normalise(z) for z in embeddings.values())
 
 
-def build_model(description: ModelDescription, seed: int) -> MultimodalModel:
-    """A model with random weights; the same description and seed give the same weights."""
+def build_model(description: ModelDescription, seed: int, trunks: Mapping[str, Trunk] | None = None) -> MultimodalModel:
+    """The model of a description; the same description and seed give the same weights.
+
+    Encoders that are modules are made by their factories, with the weights that those give them, unless `trunks` has them;
+    the rest is random. Layers beyond the description's are left out. Raises CutError if a factory makes something else than
+    the description says.
+    """
+    if trunks is None:
+        trunks = {spec.modality: make_trunk(spec, seed) for spec in description.encoders if isinstance(spec, ModuleEncoder)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MultimodalModel(description)
+        return MultimodalModel(description, trunks)
+
+
+def make_trunk(spec: ModuleEncoder, seed: int) -> Trunk:
+    """Calls the encoder's factory, and adapts what it makes."""
+    trunk = adapt_made(call_factory(spec.factory, spec.arguments, seed), spec.modality, spec.factory, spec.options)
+    if len(trunk.layers) < spec.layers:
+        raise CutError(f"{spec.factory} makes {len(trunk.layers)} layers, the plan says {spec.layers}: it was changed since")
+    return replace(trunk, layers=trunk.layers[: spec.layers])
+
+
+def adapt_made(made: object, modality: str, factory: str, options: Mapping[str, Any]) -> Trunk:
+    """The trunk of what a factory made: a module, or a dict of one for each modality. Engines can train all of it."""
+    if isinstance(made, Mapping):
+        if modality not in made:
+            raise CutError(f"{factory} makes {sorted(made)}, and nothing for modality {modality!r}")
+        made = made[modality]
+    return engine_safe(adapt(made, **options), modality)
+
+
+def family_trunk(spec: Encoder) -> Trunk:
+    return Trunk(
+        stem=make_stem(spec),
+        layers=tuple(Layer(spec.width, spec.heads, spec.mlp_ratio) for _ in range(spec.layers)),
+        norm=nn.LayerNorm(spec.width),
+        pool=MeanTokens(),
+        input=spec.input,
+    )
+
+
+def make_projection(width: int, spec: Projection, own: nn.Module | None) -> nn.Module:
+    """The encoder's own projection where the description asks for a single Linear, else ours with random weights."""
+    if spec.hidden is not None:
+        return ProjectionHead(width, spec.hidden, spec.output)
+    return nn.Linear(width, spec.output, bias=False) if own is None else own
 
 
 def make_stem(spec: Encoder) -> nn.Module:
@@ -189,8 +257,3 @@ def make_stem(spec: Encoder) -> nn.Module:
             return SensorStem(spec.input, spec.width)
         case TextTokens():
             return TextStem(spec.input, spec.width)
-
-
-def l2_normalise(z: Tensor) -> Tensor:
-    """Unit rows; the epsilon keeps the gradient finite at zero."""
-    return z * torch.rsqrt((z * z).sum(-1, keepdim=True) + 1e-6)

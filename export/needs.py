@@ -16,7 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from export.cost import embedding_bytes, moments_per_parameter, peak_live_bytes
-from export.cut import cut_stage, find_segments
+from export.cut import cut_stage, find_pools, find_segments
 from export.models import build_model
 from export.programs import ProgramSet, needs_embeddings
 from export.worker import LoweredProgram
@@ -83,7 +83,7 @@ def stage_needs(
     training = plan.training.model_copy(update={"micro_batch": micro_batch})
     plan = plan.model_copy(update={"training": training})
     model = build_model(plan.model, plan.seed)
-    segments = find_segments(model, plan.model)
+    segments, pools = find_segments(model, plan.model), find_pools(model, plan.model)
     found: list[StageNeeds] = []
     seen: set[tuple[str, ...]] = set()
     looks = {name: repr(module) for name, module in segments.items()}  # layers and sizes: equal ones have equal graphs
@@ -94,7 +94,7 @@ def stage_needs(
             continue
         seen.add(shape)
         programs = ProgramSet(plan, {_ANY: {}}, None, _not_lowered)
-        cut = cut_stage(segments, plan.model, stage, until_embeddings=needs_embeddings(plan))
+        cut = cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=needs_embeddings(plan))
         train, evaluation = programs.add_stage(stage, cut)
         keys: dict[Role, str] = {"train": train[_ANY]}
         if needs_embeddings(plan):

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.models import l2_normalise
 from lamina.model import Contrastive, Supervised
 
 
@@ -23,6 +22,11 @@ def contrastive(temperature: float, a: Tensor, b: Tensor) -> tuple[Tensor, Tenso
     target = torch.arange(a.shape[0], device=a.device)
     loss = 0.5 * (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.t(), target))
     return loss, (similarity.argmax(dim=-1) == target).sum().detach()
+
+
+def l2_normalise(z: Tensor) -> Tensor:
+    """Unit rows; the epsilon keeps the gradient finite at zero."""
+    return z * torch.rsqrt((z * z).sum(-1, keepdim=True) + 1e-6)
 
 
 class ContrastiveLoss(nn.Module):

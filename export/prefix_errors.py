@@ -18,7 +18,7 @@ from export.frozen import segment_precision, take
 from export.runtimes import Run, is_installed, open_program
 from lamina.errors import DataError
 from lamina.manifest import EngineName
-from lamina.model import Encoder
+from lamina.model import Encoder, ModuleEncoder
 from lamina.plan import Plan
 from lamina.segments import prefix_chain
 
@@ -98,7 +98,7 @@ def _in_pieces(values: Tensor, plan: Plan, run: Callable[[Tensor], Tensor]) -> T
         return torch.cat([run(piece) for piece in values.split(plan.training.samples_in_memory)])
 
 
-def _check(values: np.ndarray, encoder: Encoder, source: str) -> None:  # type: ignore[type-arg]
+def _check(values: np.ndarray, encoder: Encoder | ModuleEncoder, source: str) -> None:  # type: ignore[type-arg]
     spec = raw_input(encoder)
     if values.shape[1:] != spec.shape or values.dtype != np.dtype(spec.dtype) or not len(values):
         raise DataError(

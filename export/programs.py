@@ -1,10 +1,12 @@
 """The programs of a bundle: which ones its stages need, each graph traced, lowered and checked once.
 
-A graph that was seen before, in this bundle or in the cache, is neither lowered nor checked again; so layer-wise stages
-after the first share their programs, and equal frozen layers of all modalities share one.
+Modules that look alike and compute the same are traced once, and a graph that was seen before, in this bundle or in the cache,
+is neither lowered nor checked again; so layer-wise stages after the first share their programs, and equal frozen layers of all
+modalities share one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -13,13 +15,16 @@ from torch.export import ExportedProgram
 from export import lower_executorch, lower_onnx, lower_torch
 from export.cache import ProgramCache, program_key
 from export.cost import peak_live_bytes
-from export.cut import StageCut, embedding, example_inputs, features, raw_input
+from export.cut import StageCut, embedding, example_inputs, segment_input
 from export.frozen import frozen_graph, segment_precision
 from export.joint import backward_graph, joint_graph, loss_graph
 from export.objectives import ContrastiveLoss
 from export.parity import check_parity
+from export.sharing import Look, computes_the_same, look
 from export.trace import Arrays, example_batch, forward_graph, graph_text
+from export.trace_errors import explain
 from export.worker import LoweredProgram
+from lamina.errors import CutError
 from lamina.manifest import EngineName, Precision, Program, Role, gradient_input
 from lamina.model import Contrastive
 from lamina.plan import Plan, Stage
@@ -41,6 +46,16 @@ def needs_embeddings(plan: Plan) -> bool:
     """Whether a stage's step is embed, loss, backward (`lamina.manifest`) instead of one program on the whole batch."""
     is_contrastive = isinstance(plan.model.objective, Contrastive)
     return is_contrastive and plan.training.samples_in_memory < plan.training.batch_size
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """What torch says while it traces, with the name of what was traced and a way out. Raises CutError."""
+    try:
+        yield
+    except Exception as error:  # torch and the user's code raise whatever they like
+        reason, remedy = explain(error)
+        raise CutError(f"{what} cannot be traced: {reason}; {remedy}") from error
 
 
 @dataclass
@@ -71,6 +86,10 @@ class ProgramSet:
     wanted: dict[str, _Wanted] = field(default_factory=dict)
     lowered: dict[str, LoweredProgram] = field(default_factory=dict)
     """Filled by `finish`."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """By key, the largest error (`check_parity`) of each program that `finish` checked."""
+    stages_of: dict[Look, list[tuple[nn.Module, tuple[Keys, Keys]]]] = field(default_factory=dict)
+    frozen_of: dict[Look, list[tuple[nn.Module, Keys]]] = field(default_factory=dict)
     joint_of: dict[str, ExportedProgram] = field(default_factory=dict)  # by the text of the forward graph it is made from
 
     @property
@@ -79,8 +98,20 @@ class ProgramSet:
 
     def add_stage(self, stage: Stage, cut: StageCut) -> tuple[Keys, Keys]:
         """Keys of the stage's training and evaluation programs."""
-        if needs_embeddings(self.plan):
-            return self._add_embedding_stage(stage, cut)
+        example = self._example(cut.inputs)
+        shape = look(cut.module, cut.inputs)
+        for module, keys in self.stages_of.get(shape, ()):
+            if computes_the_same(module, cut.module, example):
+                return keys
+        keys = self._trace_stage(stage, cut)
+        self.stages_of.setdefault(shape, []).append((cut.module, keys))
+        return keys
+
+    def _trace_stage(self, stage: Stage, cut: StageCut) -> tuple[Keys, Keys]:
+        with _naming(f"stage {stage.index}"):
+            return self._add_embedding_stage(stage, cut) if needs_embeddings(self.plan) else self._add_whole_stage(stage, cut)
+
+    def _add_whole_stage(self, stage: Stage, cut: StageCut) -> tuple[Keys, Keys]:
         example = self._example(cut.inputs)
         forward = forward_graph(cut.module, example, self.micro_batch)
         names = [spec.name for spec in cut.weights]
@@ -104,14 +135,21 @@ class ProgramSet:
 
     def add_frozen(self, name: str, module: nn.Module) -> Keys:
         """Keys of the program of one frozen segment."""
-        encoder = self.plan.model.encoder(name.split(".")[0])
-        spec = raw_input(encoder) if name.endswith(".stem") else features(encoder)
+        spec = segment_input(self.plan.model, name)
         example = self._example((spec,))
         precision = segment_precision(self.plan, name)
-        graph = frozen_graph(module, example, self.micro_batch, precision)
         # Equal layers of two modalities are one program, so its input is named for neither.
         inputs = (spec.model_copy(update={"name": FROZEN_INPUT}),)
-        return self._add("frozen", f"the frozen program of {name}", graph, module, inputs, example, precision=precision)
+        shape = look(module, inputs, precision)
+        for known, keys in self.frozen_of.get(shape, ()):
+            if computes_the_same(known, module, example):
+                return keys
+        with _naming(name):
+            graph = frozen_graph(module, example, self.micro_batch, precision)
+        label = f"the frozen program of {name}"
+        keys = self._add("frozen", label, graph, module, inputs, example, precision=precision)
+        self.frozen_of.setdefault(shape, []).append((module, keys))
+        return keys
 
     def finish(self, on_progress: Callable[[int, int], None]) -> None:
         """Waits for every program, checks the new ones against eager PyTorch, and stores them in the cache."""
@@ -119,7 +157,7 @@ class ProgramSet:
         for key, wanted in self.wanted.items():
             lowered = wanted.lowered()
             if wanted.is_new:
-                check_parity(
+                error = check_parity(
                     lowered.data,
                     wanted.engine,
                     wanted.role,
@@ -128,6 +166,8 @@ class ProgramSet:
                     wanted.example,
                     wanted.precision,
                 )
+                if error is not None:
+                    self.errors[key] = error
                 if self.cache:
                     self.cache.put(key, lowered)
             self.lowered[key] = lowered

@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from export.rewrites import plain_operations
 from lamina.errors import CutError
 
 EXAMPLE_BATCH = 2
@@ -54,9 +55,11 @@ def trace_function(
     shapes = (tuple(None for _ in weights), tuple({0: batch} for _ in example)) if max_batch > 1 else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about torch's own internals
-        program = torch.export.export(_Function(function), (weights, example), dynamic_shapes=shapes)
+        with plain_operations():
+            program = torch.export.export(_Function(function), (weights, example), dynamic_shapes=shapes)
     if max_batch > 1:
         allow_batches(program, max_batch)
+    _drop_dtype_checks(program)
     _strip(program)
     _refuse_state(program)
     return program
@@ -105,6 +108,14 @@ def _strip(program: ExportedProgram) -> None:
         node.meta = {key: value for key, value in node.meta.items() if key in _KEPT_META}
 
 
+def _drop_dtype_checks(program: ExportedProgram) -> None:
+    """Tracing `.to()` leaves a check of the dtype that it saw; the manifest promises it."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
+
+
 def _refuse_state(program: ExportedProgram) -> None:
     for name, value in {**program.state_dict, **program.constants}.items():
         if isinstance(value, Tensor) and value.numel() > _MAX_CONSTANT_ELEMENTS:
@@ -115,8 +126,8 @@ def _refuse_state(program: ExportedProgram) -> None:
     for node in program.graph.nodes:
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise CutError(
-                f"the graph draws random numbers or uses a fused kernel ({node.target}); engines would disagree: set dropout "
-                "to 0 and write attention as plain matrix products (export/models.py)"
+                f"the graph draws random numbers or uses a fused kernel ({node.target}); engines would disagree: remove it "
+                "from forward(), or write it in plain matrix products"
             )
 
 

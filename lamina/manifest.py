@@ -34,6 +34,7 @@ __all__ = [
     "Manifest",
     "Precision",
     "Program",
+    "Rewrite",
     "Role",
     "Sha256",
     "StageCost",
@@ -97,6 +98,16 @@ class StagePrograms(Record):
     cost: StageCost
 
 
+class Rewrite(Record):
+    """A change that made the model exportable: what, how often, and the largest measured difference to the original."""
+
+    where: str
+    kind: str
+    count: Annotated[int, Field(ge=1)]
+    largest_difference: Annotated[float, Field(ge=0)]
+    note: str = ""
+
+
 class Manifest(Record):
     """Everything that a bundle holds. Each hash is the address of a blob in `blobs`, which gives its size in bytes."""
 
@@ -113,6 +124,11 @@ class Manifest(Record):
     the initial weights of the bundle."""
     prefix_errors_on: str = ""
     """What those errors were measured on: the sha256 of a data file, or random inputs."""
+    segment_macs: dict[str, Count] = Field(default_factory=dict)
+    """Multiply-accumulates of one forward pass of each segment for one sample."""
+    rewrites: tuple[Rewrite, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What the adapters changed or left out of the user's model, one sentence each."""
     stages: tuple[StagePrograms, ...]
     blobs: dict[Sha256, Count]
     versions: dict[str, str]

@@ -75,7 +75,7 @@ def decode_one_by_one(path: str, expected: Iterable[TensorShape]) -> Iterator[tu
     try:
         with safe_open(path, framework="numpy") as file:
             encoding = _encoding_of(file)
-            layout = {spec.name: _layout(spec, encoding) for spec in specs}
+            layout = {spec.name: stored_tensors(spec, encoding) for spec in specs}
             _check_names(set(file.keys()), {name for parts in layout.values() for name in parts})
             for parts in layout.values():
                 for name, (expected_dtype, expected_shape) in parts.items():
@@ -130,7 +130,7 @@ def _has_scales(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and shape[-1] >= 2
 
 
-def _layout(spec: TensorShape, encoding: Encoding) -> dict[str, tuple[str, tuple[int, ...]]]:
+def stored_tensors(spec: TensorShape, encoding: Encoding) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What a file holds for a tensor: stored name -> (dtype, shape)."""
     if encoding == "int8":
         _check_no_scale(spec.name)

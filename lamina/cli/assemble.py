@@ -10,6 +10,7 @@ def assemble(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle that was trained.")],
     weights: Annotated[Path, typer.Option(help="Folder with one <segment>.safetensors each, as `lamina pull` writes it.")],
     out: Annotated[Path, typer.Option(help="Folder for the model files.")],
+    allow_unsigned: Annotated[bool, typer.Option("--allow-unsigned", help="Take a bundle that nobody signed.")] = False,
 ) -> None:
     """Write the trained model for PyTorch, ONNX Runtime and ExecuTorch, weights inside, ready to deploy.
 
@@ -21,12 +22,13 @@ def assemble(
     from export.assemble import attached_model
     from lamina.bundle import read_bundle
     from lamina.errors import TensorFileError
+    from lamina.keys import users_trust
     from lamina.segments import segment_names
     from lamina.tensors import decode_file
 
     console = Console()
     with Console(stderr=True).status("verify the bundle") as status:
-        manifest = read_bundle(bundle)
+        manifest = read_bundle(bundle, trust=users_trust(allow_unsigned), tell=lambda line: typer.echo(line, err=True))
         values = {}
         for name in segment_names(attached_model(manifest.plan)):
             path = weights / f"{name}.safetensors"

@@ -1,26 +1,61 @@
-"""`lamina export`: turn a plan into a bundle."""
+"""`lamina export`: turn a model into a bundle."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from lamina.cli.plan_options import (
+    BatchSize,
+    Classes,
+    Devices,
+    FreezeStems,
+    LayersPerStage,
+    LearningRate,
+    Rounds,
+    Strategy,
+    changes,
+)
+from lamina.errors import ConfigError
+from lamina.names import ENGINES
 
-    from lamina.manifest import Manifest
+if TYPE_CHECKING:
+    from export.recipe import Resolved
+    from lamina.names import EngineName
+
+_MIB = 1 << 20
 
 
 def export(
-    plan: Annotated[Path, typer.Argument(help="Plan as a JSON file (docs/plan.md has its keys).")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="PLAN|FACTORY",
+            help="Plan file (.toml, .yaml, .json), or the function that makes the model, as package.module:function.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the bundle; empty, or holding this very bundle.")],
     engine: Annotated[
         list[str] | None,
         typer.Option(
-            help="Engine to export for: executorch, onnxruntime or torch. Repeat it for more than one. "
-            "Default: executorch and onnxruntime."
+            help="Engines to export for, separated by commas: executorch, onnxruntime, torch. Default: executorch,onnxruntime."
         ),
     ] = None,
+    strategy: Strategy = None,
+    layers_per_stage: LayersPerStage = None,
+    rounds: Rounds = None,
+    learning_rate: LearningRate = None,
+    classes: Classes = None,
+    freeze_stems: FreezeStems = False,
+    batch_size: BatchSize = None,
+    devices: Devices = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Examples in memory at a time. Default: the batch.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Weights of frozen layers on the device: fp32 (default), int8.")] = None,
+    memory_mb: Annotated[
+        float | None,
+        typer.Option(help="Choose micro-batch and layers per stage so that a device stays below so many MiB, by prediction."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of random weights and of the order of examples.")] = None,
     jobs: Annotated[
         int | None,
         typer.Option(min=1, help="Programs to lower at the same time, about 1 GB of memory each. Default: one per core."),
@@ -33,92 +68,83 @@ def export(
             "int8 moves the features of the initial weights; without it, random inputs do. Changes no program.",
         ),
     ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures of the tables to this file.")] = None,
 ) -> None:
-    """Write the programs and initial weights of a plan as a bundle, and show what each stage costs a device.
+    """Write the programs and weights of a model as a signed bundle, and show what each stage costs a device.
+
+    The model is the built-in family (a plan file alone) or your own: timm and Hugging Face transformers, or any module with
+    stem, layers, norm and pool. docs/export.md walks through it. Options replace what the plan file says.
 
     Every program is run once and compared with PyTorch before it is written. Lowered programs are kept in
     ~/.cache/lamina/programs (or $LAMINA_CACHE), so a repeated or interrupted export continues where it was.
     """
-    from typing import get_args
-
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from export.bundle import export_bundle
-    from lamina.errors import ConfigError
-    from lamina.manifest import EngineName
-    from lamina.plan import Plan
+    from export.recipe import resolve
+    from lamina.cli.overview_tables import show_bundle
 
-    chosen = engine or ["executorch", "onnxruntime"]
-    unknown = [name for name in chosen if name not in get_args(EngineName)]
-    if unknown:
-        raise ConfigError(f"unknown engine {unknown[0]!r}; known: {', '.join(get_args(EngineName))}")
-    console = Console()
+    engines = _engines(engine or ["executorch,onnxruntime"])
+    wanted = changes(
+        strategy=strategy,
+        layers_per_stage=layers_per_stage,
+        rounds=rounds,
+        learning_rate=learning_rate,
+        classes=classes,
+        freeze_stems=freeze_stems,
+        devices=devices,
+        seed=seed,
+        training={"batch_size": batch_size, "micro_batch": micro_batch, "prefix_precision": precision},
+    )
+    progress_console = Console(stderr=True)
+    with progress_console.status(f"making the model of {source}"):
+        resolved = resolve(source, wanted)
+    if memory_mb is not None:
+        resolved = _fitted(resolved, engines, memory_mb)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=progress_console, transient=True) as progress:
         tasks = {phase: progress.add_task(phase, total=None) for phase in ("trace", "lower")}
 
         def show(phase: str, done: int, total: int) -> None:
             progress.update(tasks[phase], completed=done, total=total)
 
-        manifest = export_bundle(Plan.from_file(plan), out, chosen, on_progress=show, workers=jobs, sample=sample)
-    console.print(_cost_table(manifest))
-    for line in _prefix_lines(manifest):
-        console.print(line, soft_wrap=True)
-    console.print(
-        f"{out}: {len(manifest.programs)} program files, {sum(manifest.blobs.values()):,} bytes in all", soft_wrap=True
-    )
-
-
-def _prefix_lines(manifest: "Manifest") -> list[str]:
-    """What an int8 prefix does to the features at its end: the largest error over the modalities."""
-    return [
-        f"int8 prefix on {engine}: features off by {100 * max(errors.values()):.2f} % at most, measured on the initial weights "
-        f"and {_named(manifest.prefix_errors_on)}"
-        for engine, errors in manifest.prefix_errors.items()
-    ]
-
-
-def _named(measured_on: str) -> str:
-    return measured_on if " " in measured_on else f"data {measured_on[:12]}"
-
-
-def _cost_table(manifest: "Manifest") -> "Table":
-    """One row for each stage: what it costs one device."""
-    from rich import box
-    from rich.table import Table
-
-    engines = " / ".join(manifest.engines)
-    training = manifest.plan.training
-    pieces = f" in micro-batches of {training.micro_batch}" if training.samples_in_memory < training.batch_size else ""
-    table = Table(
-        title=f"{manifest.plan.name}: {manifest.plan.strategy}, batch {training.batch_size}{pieces}",
-        caption=f"planned and programs: {engines}",
-        box=box.SIMPLE,
-        pad_edge=False,
-    )
-    headings = (
-        "stage",
-        "active",
-        "frozen",
-        "MFLOPs\n/sample",
-        "MiB\nplanned",
-        "KiB down\n/round",
-        "KiB up\n/round",
-        "KiB\nprograms",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for stage in manifest.stages:
-        cost = stage.cost
-        table.add_row(
-            str(stage.index),
-            f"{cost.active_parameters:,}",
-            f"{cost.frozen_parameters:,}",
-            f"{cost.flops_per_sample / 1e6:.2f}",
-            " / ".join(f"{cost.planned_bytes[engine] / 2**20:.1f}" for engine in manifest.engines),
-            f"{cost.round_bytes_down / 1024:.1f}",
-            f"{cost.round_bytes_up / 1024:.1f}",
-            " / ".join(f"{cost.program_bytes[engine] / 1024:.0f}" for engine in manifest.engines),
+        manifest = export_bundle(
+            resolved.plan,
+            out,
+            engines,
+            model=resolved.model,
+            notes=resolved.notes,
+            rewrites=resolved.rewrites,
+            on_progress=show,
+            workers=jobs,
+            sample=sample,
         )
-    return table
+    found = show_bundle(manifest, Console())
+    typer.echo(f"{out}: manifest {manifest.digest[:12]}; look at it again with `lamina inspect {out}`")
+    if json is not None:
+        json.write_bytes(found.to_json())
+
+
+def _engines(given: list[str]) -> "list[EngineName]":
+    names = [name.strip() for text in given for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown or not names:
+        raise ConfigError(f"unknown engine {(unknown or [''])[0]!r}; known: {', '.join(ENGINES)}")
+    return [engine for name in dict.fromkeys(names) for engine in ENGINES if engine == name]
+
+
+def _fitted(resolved: "Resolved", engines: "list[EngineName]", memory_mb: float) -> "Resolved":
+    """The plan with the first settings that fit every engine; each engine can only make them smaller."""
+    from dataclasses import replace
+
+    from benchmarks.client import base_peaks
+    from export.fit import Base, fits
+
+    plan = resolved.plan
+    for engine in engines:
+        typer.echo(f"predicting memory on {engine}", err=True)
+        plan = next(fits(plan, engine, Base(**base_peaks(engine)), int(memory_mb * _MIB))).plan
+    chosen = plan.training
+    typer.echo(f"within {memory_mb:g} MiB: micro-batch {chosen.samples_in_memory}, {len(plan.stages)} stages", err=True)
+    return replace(resolved, plan=plan)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lamina.cli.plan_options import Classes, changes
 from lamina.errors import ConfigError
 from lamina.names import ENGINES
 
@@ -14,7 +15,8 @@ _MIB = 1 << 20
 
 def fit(
     plan: Annotated[
-        Path, typer.Argument(help="A plan file (JSON); `benchmarks/plans/` has examples, docs/plan.md explains it.")
+        str,
+        typer.Argument(metavar="PLAN|FACTORY", help="A plan file (.toml, .yaml, .json), or package.module:function."),
     ],
     memory_mb: Annotated[
         float, typer.Option(help="Most MiB that all processes of the device may hold at one time, as the kernel counts them.")
@@ -24,6 +26,7 @@ def fit(
         float | None, typer.Option(help="Most MB of stored features; needs --examples. Without it, the disk is no limit.")
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Examples on one device, training and test together.")] = 0,
+    classes: Classes = None,
     write: Annotated[Path | None, typer.Option(help="Write the plan with the chosen settings to this file.")] = None,
     measure: Annotated[
         bool,
@@ -43,14 +46,14 @@ def fit(
 
     from benchmarks.client import base_peaks, measure_stage
     from export.fit import Base, fits
-    from lamina.plan import Plan
+    from export.recipe import resolve
 
     chosen = next((known for known in ENGINES if known == engine), None)
     if chosen is None:
         raise ConfigError(f"there is no engine {engine!r}; known: {', '.join(ENGINES)}")
     if disk_mb is not None and not examples:
         raise ConfigError("--disk-mb needs --examples, the number of examples on one device: features are stored for each")
-    wanted = Plan.from_file(plan)
+    wanted = resolve(plan, changes(classes=classes)).plan
     console = Console(stderr=True, highlight=False)
     console.print(f"measuring the device's processes with {engine}, then tracing {len(wanted.stages)} stages")
     base = Base(**base_peaks(chosen))

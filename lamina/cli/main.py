@@ -11,11 +11,16 @@ import typer
 from lamina import __version__
 from lamina.cli.assemble import assemble
 from lamina.cli.bench import bench
+from lamina.cli.cost import cost
+from lamina.cli.data import data
 from lamina.cli.demo import demo
+from lamina.cli.doctor import doctor
 from lamina.cli.engine import engine
 from lamina.cli.export import export
 from lamina.cli.fit import fit
+from lamina.cli.inspect import inspect
 from lamina.cli.join import join
+from lamina.cli.key import key
 from lamina.cli.publish import publish
 from lamina.cli.pull import pull
 from lamina.cli.serve import serve
@@ -32,11 +37,13 @@ app = typer.Typer(
     help="Train models on small machines one layer at a time, federated over many of them. "
     "The way of a model: export, serve, publish, join (on every device), status, pull, assemble; `demo` shows it all.",
 )
-VERBS = (demo, export, fit, serve, publish, join, status, pull, assemble)
+VERBS = (demo, doctor, cost, export, inspect, fit, serve, publish, join, status, pull, assemble)
 for verb in VERBS:
     app.command()(verb)
 app.add_typer(bench)
 app.add_typer(engine)
+app.add_typer(key)
+app.add_typer(data)
 
 _EXTRA_OF_MODULE = {
     "torch": "export",
@@ -49,6 +56,8 @@ _EXTRA_OF_MODULE = {
     "torchao": "export-executorch",
     "onnxruntime": "onnxruntime",
     "matplotlib": "bench",
+    "yaml": "export",
+    "cryptography": "export",
 }
 
 

@@ -125,7 +125,7 @@ def recurrent(model):
         (drop_norm, r"encoders\['audio'\] has no module `norm`.*see"),
         (drop_encoder, r"encoders has no module for modality 'audio'"),
         (drop_one_layer, r"only in the description \['audio\.layers\.2'\].*make the two agree"),
-        (double_tokens, r"audio\.layers\.1 gives shape \(2, 8, 16\).*\(2, 4, 16\).*must keep both"),
+        (double_tokens, r"audio\.layers\.1 gives shape \(2, 8, 16\).*\(2, 4, 16\).*make the two agree"),
         (wrong_width, r"audio\.layers\.2 gives shape \(2, 4, 17\)"),
         (add_batch_norm, r"buffer 'encoders\.audio\.norm\.running_mean'.*use LayerNorm"),
         (halve, r"attention_norm\.weight' is torch\.float16.*model\.float\(\)"),

@@ -1,0 +1,208 @@
+"""Plan files and factories -> a plan and the model that it starts from.
+
+birds.toml, plan.json       a recipe (`lamina.recipe`) or a whole plan
+my_models:make_vit          a factory alone: everything else by default, or by the options of the command
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from export.cut import check_tensors, example_inputs, raw_input, run_segment
+from export.factory import call_factory
+from export.models import adapt_made, build_model, make_trunk
+from export.trunk import Trunk
+from lamina.errors import ConfigError, CutError
+from lamina.manifest import Rewrite
+from lamina.model import Contrastive, Encoder, ModelDescription, ModuleEncoder, Projection, Supervised
+from lamina.plan import Plan
+from lamina.recipe import EncoderRecipe, Recipe, read_recipe
+from lamina.strategies import make_stages
+
+_MERGED = ("training", "cohort")
+_NAMES = {
+    "image": "image",
+    "image_patches": "image",
+    "text_tokens": "text",
+    "audio_frames": "audio",
+    "sensor_windows": "motion",
+}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan with everything decided, and the model with the weights to start from.
+
+    `notes` are the adapters' remarks; `rewrites` what was replaced in the user's modules before the export.
+    """
+
+    plan: Plan
+    model: nn.Module
+    notes: tuple[str, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
+
+
+def resolve(source: str, changes: Mapping[str, Any] | None = None) -> Resolved:
+    """Reads a plan file, or calls a factory. `changes` replace keys of the recipe (`training` and `cohort` are merged key by
+    key).
+
+    Raises ConfigError for a file or key that is wrong, ExportError for a factory that raises, CutError for a model that does
+    not fit.
+    """
+    changes = {key: value for key, value in (changes or {}).items() if value is not None}
+    if is_factory(source):
+        return _from_recipe(_recipe_of_factory(source, changes), changes)
+    found = read_recipe(Path(source))
+    if isinstance(found, Plan):
+        plan = _changed_plan(found, changes, source)
+        trunks = {e.modality: make_trunk(e, plan.seed) for e in plan.model.encoders if isinstance(e, ModuleEncoder)}
+        model = build_model(plan.model, plan.seed, trunks)
+        return _resolved(plan, model, trunks)
+    return _from_recipe(found, changes)
+
+
+def is_factory(source: str) -> bool:
+    """Whether the text names a function rather than a file."""
+    return ":" in source and not Path(source).exists() and "/" not in source and "\\" not in source
+
+
+def describe_trunk(modality: str, recipe: EncoderRecipe, trunk: Trunk) -> tuple[ModuleEncoder, Trunk]:
+    """The description of a trunk, by running it on two random samples; and the trunk with the layers that are wanted."""
+    where = f"{recipe.factory} ({modality})"
+    count = recipe.layers or len(trunk.layers)
+    if not trunk.layers:
+        raise CutError(f"{where} has no layers: a strategy needs at least one to train")
+    if count > len(trunk.layers):
+        raise ConfigError(f"{where} has {len(trunk.layers)} layers, the plan wants {count}")
+    trunk = replace(trunk, layers=trunk.layers[:count])
+    parts = [trunk.stem, *trunk.layers, trunk.norm]
+    check_tensors(nn.ModuleList(parts))
+    spec = ModuleEncoder(
+        modality=modality,
+        factory=recipe.factory or "",
+        arguments=recipe.arguments,
+        options=recipe.options,
+        input=trunk.input,
+        features=((1,),) * (count + 1),
+        width=1,
+    )
+    random = ModelDescription(
+        name="probe", encoders=(spec,), projection=Projection(hidden=1, output=1), objective=Supervised(classes=2)
+    )
+    (x,) = example_inputs(random, (raw_input(spec),), 2)
+    shapes = []
+    for name, part in zip([f"{modality}.stem", *(f"{modality}.layers.{i}" for i in range(count)), "norm"], parts, strict=True):
+        x = run_segment(name, part.eval(), x)
+        if x.ndim < 2 or x.shape[0] != 2:
+            raise CutError(f"{name} gives shape {tuple(x.shape)} for 2 samples; a segment keeps the batch as its first axis")
+        shapes.append(tuple(x.shape[1:]))
+    pooled = run_segment(f"{modality}.pool", trunk.pool.eval(), x)
+    if pooled.ndim != 2 or pooled.shape[0] != 2:
+        raise CutError(f"{modality}.pool gives shape {tuple(pooled.shape)} for 2 samples, it must give (2, width)")
+    return spec.model_copy(update={"features": tuple(shapes[: count + 1]), "width": int(pooled.shape[1])}), trunk
+
+
+def _from_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Resolved:
+    recipe = _changed_recipe(recipe, changes)
+    encoders: list[Encoder | ModuleEncoder] = []
+    trunks: dict[str, Trunk] = {}
+    for modality, wanted in recipe.encoders.items():
+        if wanted.factory is None:
+            encoders.append(_family_encoder(modality, wanted))
+            continue
+        made = call_factory(wanted.factory, wanted.arguments, recipe.seed)
+        spec, trunk = describe_trunk(modality, wanted, adapt_made(made, modality, wanted.factory, wanted.options))
+        encoders.append(spec)
+        trunks[modality] = trunk
+    objective = Contrastive(temperature=recipe.temperature) if recipe.classes is None else Supervised(classes=recipe.classes)
+    try:
+        description = ModelDescription(
+            name=recipe.name,
+            encoders=tuple(encoders),
+            projection=Projection(hidden=recipe.projection.hidden, output=recipe.projection.output),
+            objective=objective,
+        )
+    except ValueError as error:
+        if recipe.classes is None and len(encoders) != 2:
+            raise ConfigError(
+                f"without `classes` the objective is contrastive, which joins exactly two modalities; {recipe.name!r} has "
+                f"{list(recipe.encoders)}: give `classes` (--classes), or a second modality"
+            ) from error
+        raise
+    stages = make_stages(
+        description, recipe.strategy, recipe.rounds, recipe.learning_rate, recipe.layers_per_stage, recipe.freeze_stems
+    )
+    plan = Plan(
+        name=recipe.name,
+        model=description,
+        strategy=recipe.strategy,
+        stages=stages,
+        training=recipe.training,
+        cohort=recipe.cohort,
+        seed=recipe.seed,
+    )
+    model = build_model(description, recipe.seed, trunks)
+    return _resolved(plan, model, trunks)
+
+
+def _resolved(plan: Plan, model: nn.Module, trunks: Mapping[str, Trunk]) -> Resolved:
+    notes = tuple(note for trunk in trunks.values() for note in trunk.notes)
+    return Resolved(plan, model, notes, tuple(each for trunk in trunks.values() for each in trunk.rewrites))
+
+
+def _family_encoder(modality: str, wanted: EncoderRecipe) -> Encoder:
+    assert wanted.input and wanted.width and wanted.heads and wanted.layers
+    return Encoder(
+        modality=modality,
+        input=wanted.input,
+        width=wanted.width,
+        heads=wanted.heads,
+        layers=wanted.layers,
+        mlp_ratio=wanted.mlp_ratio,
+    )
+
+
+def _recipe_of_factory(source: str, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe with what the factory makes: one modality, named by its input, or those of its dict."""
+    from export.adapters import adapt
+
+    made = call_factory(source, {}, changes.get("seed", 0))
+    modalities = list(made) if isinstance(made, Mapping) else [_NAMES.get(adapt(made).input.kind, "signal")]
+    name = source.partition(":")[2].lower().strip("_")[:32] or "model"
+    return Recipe(name=name, encoders={modality: EncoderRecipe(factory=source) for modality in modalities})
+
+
+def _changed_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    values = recipe.model_dump(mode="json", exclude_unset=True) | {k: v for k, v in changes.items() if k not in _MERGED}
+    values |= {key: values.get(key, {}) | dict(changes[key]) for key in _MERGED if key in changes}
+    return Recipe.from_json(json.dumps(values), "the plan file with the options of the command")
+
+
+def _changed_plan(plan: Plan, changes: Mapping[str, Any], source: str) -> Plan:
+    """A whole plan with options of the command: the stages are made anew if an option is about them."""
+    about_stages = {"strategy", "rounds", "learning_rate", "layers_per_stage", "freeze_stems"} & set(changes)
+    others = set(changes) - about_stages - {*_MERGED, "seed", "name"}
+    if others:
+        raise ConfigError(f"{source} is a whole plan: {sorted(others)[0]!r} is decided in it already; change it there")
+    values = plan.model_dump(mode="json")
+    values |= {key: changes[key] for key in ("seed", "name") if key in changes}
+    for key in _MERGED:
+        values[key] |= dict(changes.get(key, {}))
+    if about_stages:
+        stages = make_stages(
+            plan.model,
+            changes.get("strategy", plan.strategy),
+            changes.get("rounds", sum(stage.rounds for stage in plan.stages)),
+            changes.get("learning_rate", plan.stages[0].learning_rate),
+            changes.get("layers_per_stage", 1),
+            changes.get("freeze_stems", any(name.endswith(".stem") for name in plan.stages[0].frozen)),
+        )
+        values |= {
+            "strategy": changes.get("strategy", plan.strategy),
+            "stages": [stage.model_dump(mode="json") for stage in stages],
+        }
+    return Plan.from_json(json.dumps(values), "the plan with the options of the command")

@@ -1,0 +1,90 @@
+"""Models as a user might bring them: factories for the tests, good ones and bad ones."""
+
+import torch
+from torch import Tensor, nn
+
+from lamina.model import TextTokens, Values
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner, self.out, self.drop = nn.Linear(width, 2 * width), nn.Linear(2 * width, width), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.out(torch.relu(self.inner(x))))
+
+
+class Peak(nn.Module):
+    """(batch, tokens, width) -> (batch, width): a pool of the user's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.amax(dim=1)
+
+
+class Signal(nn.Module):
+    """Without `norm`: the protocol does not ask for one."""
+
+    def __init__(self, layers: int = 2, width: int = 8) -> None:
+        super().__init__()
+        self.input = Values(shape=(5, 3))
+        self.stem = nn.Linear(3, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(layers))
+        self.pool = Peak()
+
+
+class Words(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.input = TextTokens(vocabulary=13, length=4)
+        self.stem = nn.Embedding(13, width)
+        self.layers = nn.ModuleList([Block(width), Block(width)])
+        self.norm = nn.LayerNorm(width)
+
+
+class ByValue(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else super().forward(x)
+
+
+def signal(layers: int = 2, width: int = 8) -> nn.Module:
+    return Signal(layers, width)
+
+
+def pair() -> dict[str, nn.Module]:
+    return {"signal": Signal(), "text": Words()}
+
+
+def three() -> dict[str, nn.Module]:
+    return {"signal": Signal(), "text": Words(), "other": Signal(layers=1)}
+
+
+def raises() -> nn.Module:
+    raise OSError("weights.bin is not there")
+
+
+def half() -> nn.Module:
+    return Signal().half()
+
+
+def elsewhere() -> nn.Module:
+    return Signal().to("meta")
+
+
+def by_value() -> nn.Module:
+    model = Signal()
+    model.layers[1] = ByValue(8)
+    return model
+
+
+def widths_differ() -> nn.Module:
+    model = Signal()
+    model.layers[1] = Block(9)
+    return model
+
+
+def a_number() -> int:
+    return 3
+
+
+not_a_function = 7
