@@ -26,39 +26,47 @@ def check_parity(
     module: nn.Module,
     inputs: Arrays,
     precision: Precision = "fp32",
-) -> None:
-    """Raises ParityError that names the program and the output that differs. Says nothing where the runtime is missing.
+) -> float | None:
+    """The largest error over all outputs and batches, as a fraction of the output's largest value where that is above 1; None
+    where the runtime is missing. Raises ParityError that names the program and the output that differs.
 
     An int8 program is held to the model with the weights that its int8 weights stand for: rounding is not an error of the
     program. What it does to the features is measured apart (`export.prefix_errors`).
     """
     if not is_installed(engine):
-        return
+        return None
     run = open_program(engine, data, role)
     weights = _perturbed(module)
     taken = take(weights, precision)
     if precision == "int8":
         weights = restore(taken, [weight.ndim for weight in weights])
+    largest = 0.0
     for batch in sorted({1, len(inputs[0])}):
         part = tuple(value[:batch] for value in inputs)
         try:
             actual = run(taken, part)
         except Exception as error:  # each runtime has its own classes
             raise ParityError(f"{name} for {engine} cannot run with a batch of {batch}: {error}") from error
-        _compare(f"{name} for {engine}", actual, eager(module, role, weights, part))
+        largest = max(largest, _compare(f"{name} for {engine}", actual, eager(module, role, weights, part)))
+    return largest
 
 
-def _compare(name: str, actual: list[Tensor], expected: list[Tensor]) -> None:
+def _compare(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest error of all outputs, in units of max(1, the output's largest value)."""
+    largest = 0.0
     if len(actual) != len(expected):
         raise ParityError(f"{name} gives {len(actual)} outputs, expected {len(expected)}")
     for index, (left, right) in enumerate(zip(actual, expected, strict=True)):
-        allowed = TOLERANCE * max(1.0, float(right.abs().max()))
+        scale = max(1.0, float(right.abs().max()))
+        allowed = TOLERANCE * scale
         error = float((left - right).abs().max()) if left.shape == right.shape else float("inf")
         if not error <= allowed:
             raise ParityError(
                 f"{name}: output {index} is off by {error:.2g}, allowed {allowed:.2g}; the runtime does not "
                 "compute what PyTorch computes. Find the operation by leaving out parts of the layer, and rewrite it"
             )
+        largest = max(largest, error / scale)
+    return largest
 
 
 def eager(module: nn.Module, role: Role, weights: Arrays, inputs: Arrays) -> list[Tensor]:

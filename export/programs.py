@@ -21,10 +21,11 @@ from export.joint import backward_graph, joint_graph, loss_graph
 from export.objectives import ContrastiveLoss
 from export.parity import check_parity
 from export.sharing import Look, computes_the_same, look
+from export.supported import unsupported
 from export.trace import Arrays, example_batch, forward_graph, graph_text
 from export.trace_errors import explain
 from export.worker import LoweredProgram
-from lamina.errors import CutError
+from lamina.errors import CutError, ExportError
 from lamina.manifest import EngineName, Precision, Program, Role, gradient_input
 from lamina.model import Contrastive
 from lamina.plan import Plan, Stage
@@ -73,6 +74,16 @@ class _Wanted:
     precision: Precision
     lowered: Callable[[], LoweredProgram]
     is_new: bool
+
+
+def _wait(wanted: _Wanted) -> LoweredProgram:
+    """The lowered program. Raises ExportError that names it and, where they are known, the operators that its engine lacks."""
+    try:
+        return wanted.lowered()
+    except ExportError as error:
+        lacking = [f"has no {operator}: {way_out}" for operator, way_out in unsupported(wanted.engine, wanted.graph)]
+        why = f"{wanted.engine} {'; '.join(lacking)}" if lacking else error.message
+        raise ExportError(f"{wanted.name}: {why}") from error
 
 
 @dataclass
@@ -155,7 +166,7 @@ class ProgramSet:
         """Waits for every program, checks the new ones against eager PyTorch, and stores them in the cache."""
         on_progress(0, len(self.wanted))
         for key, wanted in self.wanted.items():
-            lowered = wanted.lowered()
+            lowered = _wait(wanted)
             if wanted.is_new:
                 error = check_parity(
                     lowered.data,

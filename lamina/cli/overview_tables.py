@@ -44,28 +44,32 @@ def _cost_table(manifest: Manifest, found: Overview) -> Table:
     pieces = f" in micro-batches of {training.micro_batch}" if training.samples_in_memory < training.batch_size else ""
     table = Table(
         title=f"{found.name}: {manifest.plan.strategy}, batch {training.batch_size}{pieces}",
-        caption="params and MFLOPs: active / frozen, a trained segment costs 3 forward\npasses, a frozen one 1; KiB: down / up",
+        caption="stage (rounds); params and MFLOPs: active/frozen, a trained segment costs\n"
+        "3 forward passes, a frozen one 1; KiB: down/up",
         box=box.SIMPLE,
         pad_edge=False,
     )
-    headings = ("stage", "rounds", "modality", "active", "frozen", "1000\nparams", "MFLOPs\n/sample", "KiB /round")
+    headings = ("stage", "modality", "active", "frozen", "1000\nparams", "MFLOPs\n/sample", "KiB\n/round")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for stage in found.stages:
         for row in stage.modalities:
             is_first = row is stage.modalities[0]
             table.add_row(
-                str(stage.index) if is_first else "",
-                str(stage.rounds) if is_first else "",
+                f"{stage.index} ({stage.rounds})" if is_first else "",
                 row.modality,
                 _layers(row.active),
                 _layers(row.frozen),
-                f"{row.active_parameters / 1e3:.1f} / {row.frozen_parameters / 1e3:.1f}",
-                f"{row.training_flops_per_sample / 1e6:.2f} / {row.prefix_flops_per_sample / 1e6:.2f}",
-                f"{row.round_bytes_down / 1024:.0f} / {row.round_bytes_up / 1024:.0f}",
+                _pair(row.active_parameters / 1e3, row.frozen_parameters / 1e3),
+                _pair(row.training_flops_per_sample / 1e6, row.prefix_flops_per_sample / 1e6),
+                _pair(row.round_bytes_down / 1024, row.round_bytes_up / 1024),
                 end_section=row is stage.modalities[-1],
             )
     return table
+
+
+def _pair(one: float, two: float) -> str:
+    return "/".join(f"{value:.0f}" if value >= 10 else f"{value:.2g}" for value in (one, two))
 
 
 def _layers(names: tuple[str, ...]) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from export.bundle import export_bundle
 from export.recipe import is_factory, resolve
 from lamina.errors import ConfigError, CutError, ExportError
 from lamina.plan import Plan
@@ -135,6 +136,28 @@ def test_a_factory_that_fails_is_refused_with_the_reason(factory, error, message
 def test_no_layers_is_said_so(tmp_path):
     with pytest.raises(CutError, match="layers"):
         resolve(write(tmp_path, TOML.replace("width = 12", "layers = 0")))
+
+
+def test_code_that_depends_on_values_is_refused_with_its_line_and_the_way_out(tmp_path):
+    found = resolve(f"{HERE}:by_value", {"classes": 3})
+    with pytest.raises(CutError, match=r"stage 1 .*depends on the values.*\(user_models\.py, line \d+.*use torch\.where"):
+        export_bundle(found.plan, tmp_path / "b", ("torch",), model=found.model, cache=tmp_path / "c")
+
+
+def test_an_operator_that_an_engine_lacks_is_refused_with_its_name_and_the_way_out(tmp_path):
+    found = resolve(f"{HERE}:overlapping_pools", {"classes": 3})
+    with pytest.raises(
+        ExportError, match=r"the train program of stage 0: onnxruntime has no aten.avg_pool2d_backward.*without overlap"
+    ):
+        export_bundle(found.plan, tmp_path / "b", ("onnxruntime",), model=found.model, cache=tmp_path / "c", workers=1)
+
+
+def test_three_modalities_export_as_two_do(tmp_path):
+    found = resolve(f"{HERE}:three", {"classes": 3, "training": {"batch_size": 4}})
+    manifest = export_bundle(found.plan, tmp_path / "b", ("torch",), model=found.model, notes=found.notes, cache=tmp_path / "c")
+    train = manifest.programs[manifest.stages[1].train["torch"]]
+    assert [spec.name for spec in train.inputs] == ["signal", "text", "other", "label"]
+    assert [note for note in manifest.notes if "dropouts of up to 0.3 are off" in note]
 
 
 def test_what_is_a_factory():

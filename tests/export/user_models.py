@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lamina.model import TextTokens, Values
+from lamina.model import Image, TextTokens, Values
 
 
 class Block(nn.Module):
@@ -75,6 +75,28 @@ def by_value() -> nn.Module:
     model = Signal()
     model.layers[1] = ByValue(8)
     return model
+
+
+class Pictures(nn.Module):
+    """Average pools that overlap have no gradient on the engines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input = Image(channels=2, height=8, width=8)
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), nn.AvgPool2d(3, 1, 1))])
+        self.pool = Corner()
+
+
+class Corner(nn.Module):
+    """(batch, channels, height, width) -> (batch, channels)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, 0, 0]
+
+
+def overlapping_pools() -> nn.Module:
+    return Pictures()
 
 
 def widths_differ() -> nn.Module:
