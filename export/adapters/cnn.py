@@ -1,8 +1,8 @@
 """Convolutional networks: ResNet of timm and torchvision, EfficientNet and MobileNetV3 of timm.
 
-The stem is everything before the first block, with its max pool; each block is a layer, so widths and image sizes change
-from layer to layer; the pool is the mean over pixels. Batch norms are folded (`export.rewrites`), because a segment has no
-buffers.
+The stem is everything before the first block, with its max pool; each block is a layer, so widths and image sizes change from
+layer to layer; the pool is the mean over pixels, filled up to the greatest width. Batch norms are folded (`export.rewrites`),
+because a segment has no buffers.
 """
 
 from collections import OrderedDict
@@ -25,10 +25,21 @@ NETWORKS = (*_RESNETS, *_EFFICIENT)
 
 
 class MeanPixels(nn.Module):
-    """(batch, channels, height, width) -> (batch, channels)."""
+    """(batch, channels, height, width) -> (batch, width): the mean over pixels, and zeros for channels that are not there.
+
+    Early blocks have fewer channels, and the heads, which all stages share, take one width.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}"
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.mean(dim=(2, 3))
+        y = x.mean(dim=(2, 3))
+        return nn.functional.pad(y, (0, self.width - y.shape[1])) if y.shape[1] < self.width else y
 
 
 def adapt_cnn(module: nn.Module, *, size: int | None = None) -> Trunk:
@@ -50,16 +61,28 @@ def adapt_cnn(module: nn.Module, *, size: int | None = None) -> Trunk:
         except RuntimeError as error:
             raise CutError(f"{name} cannot take images of {size}x{size} pixels: {error}; give another size=...") from error
     stem, layers = _resnet_parts(copy) if is_resnet else _efficient_parts(copy)
+    pool = MeanPixels(_greatest_width(stem, layers, example))
+    expected = nn.functional.pad(expected, (0, pool.width - expected.shape[1]))
     trunk = Trunk(
         stem=stem,
         layers=tuple(layers),
         norm=nn.Identity(),
-        pool=MeanPixels(),
+        pool=pool,
         input=Image(channels=channels, height=size, width=size),
         notes=_left_out(module),
         rewrites=tuple(rewrites),
     )
     return check_trunk(trunk, example, expected, name)
+
+
+@torch.no_grad()
+def _greatest_width(stem: nn.Module, layers: list[nn.Module], x: Tensor) -> int:
+    """Channels after a block, the most of all blocks."""
+    x, width = stem(x), 0
+    for layer in layers:
+        x = layer(x)
+        width = max(width, x.shape[1])
+    return width
 
 
 def _resnet_parts(model: Any) -> tuple[nn.Module, list[nn.Module]]:

@@ -9,13 +9,16 @@ from torch import nn
 
 from export.adapters.cnn import adapt_cnn
 from export.adapters.common import run_trunk
+from export.bundle import export_bundle
 from export.convolutions import convolution, convolution_backward, max_pool_backward
+from export.cut import cut_stage, find_pools, find_segments
 from export.decompositions import LEAN
 from export.parity import check_parity
+from export.recipe import resolve
 from export.rewrites import fold_batch_norm
 from export.trace import forward_graph
 from export.worker import lower
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, CutError
 from tests.export.adapters.timm_beside_cpu_torch import import_timm
 from tests.export.training_blocks import ENGINES, check_trains
 
@@ -171,3 +174,19 @@ def test_an_image_size_that_cannot_be_is_refused():
     import_timm()
     with pytest.raises(ConfigError, match="size=-1 must be 1 or more pixels"):
         adapt_cnn(timm_resnet(), size=-1)
+
+
+def test_a_network_that_grows_wider_trains_layer_by_layer(tmp_path):
+    """The heads are shared by all stages: after a narrow block, they see zeros for the channels that are not there yet."""
+    import_timm()
+    found = resolve("tests.export.user_models:small_resnet", {"classes": 3, "rounds": 2, "layers_per_stage": 2})
+    manifest = export_bundle(found.plan, tmp_path / "b", ("torch",), model=found.model, cache=tmp_path / "c")
+    assert [encoder.feature_shape(depth)[0] for encoder in found.plan.model.encoders for depth in (2, 4)] == [6, 8]
+    assert len(manifest.stages) == 2
+
+
+def test_a_pool_that_gives_another_width_in_the_middle_is_refused_with_the_way_out():
+    found = resolve("tests.export.user_models:narrow_then_wide", {"classes": 3})
+    segments = find_segments(found.model, found.plan.model)
+    with pytest.raises(CutError, match=r"stage 0 ends .*makes \(2, 4\) of 2 samples.* take \(2, 8\).*fill up with zeros"):
+        cut_stage(segments, found.plan.model, found.plan.stages[0], pools=find_pools(found.model, found.plan.model))

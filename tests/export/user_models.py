@@ -110,3 +110,23 @@ def a_number() -> int:
 
 
 not_a_function = 7
+
+
+def small_resnet() -> nn.Module:
+    from timm.models.resnet import BasicBlock, ResNet
+
+    from export.adapters import adapt
+
+    return adapt(ResNet(BasicBlock, [1, 1, 1, 1], channels=(4, 6, 8, 8), stem_width=4, num_classes=3), size=32)
+
+
+class MeanOfPixels(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def narrow_then_wide() -> nn.Module:
+    model = Pictures()
+    model.layers = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(4, 8, 1)])
+    model.pool = MeanOfPixels()
+    return model
