@@ -124,6 +124,7 @@ def test_a_killed_packing_leaves_no_file_and_the_next_one_clears_up(tmp_path):
     script = (
         "import os, signal, sys; from pathlib import Path; import lamina.data.pack as p\n"
         "from lamina.data.models import load_model\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # it is ignored where the tests run in the background
         "def kill(done, total):\n    if done == 6: os.kill(os.getpid(), int(sys.argv[4]))\n"
         "p.pack(sys.argv[1], load_model(Path(sys.argv[2])), Path(sys.argv[3]), on_progress=kill)"
     )
