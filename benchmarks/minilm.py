@@ -43,6 +43,7 @@ from benchmarks.data.fetch import cache_folder
 from benchmarks.data.minilm import PAD, load_minilm, load_tokenizer
 from benchmarks.data.partition import dirichlet_rows, even_rows
 from benchmarks.federated import federated_run
+from benchmarks.report import device_row
 from benchmarks.results_file import RESULTS, write_results
 from export.recipe import resolve
 from lamina.errors import DataError
@@ -50,7 +51,6 @@ from lamina.keys import VARIABLE
 from lamina.manifest import EngineName
 from lamina.plan import Plan
 from lamina.recipe import Recipe, read_recipe
-from lamina.wire import DeviceReport
 
 RESULT, PLAN = "minilm", Path(__file__).parent / "plans" / "minilm.toml"
 DEVICES, BETA = 4, 1.0
@@ -158,22 +158,6 @@ def deal_texts(train: Texts, test: Texts, tokens: int, seed: int, folder: Path) 
         np.savez(path, **arrays, train_label=part.label, test_label=rest.label)
         files.append(path)
     return files
-
-
-def device_row(name: str, updates: Sequence[DeviceReport]) -> dict[str, Any]:
-    """What a device took for the whole run."""
-    mine = [update for update in updates if update.device == name]
-    reports = [update.report for update in mine]
-    return {
-        "name": name,
-        "engine": mine[0].engine,
-        "examples": reports[0].num_examples,
-        "updates": len(reports),
-        "peak_bytes": max(report.peak_bytes for report in reports),
-        "bytes_down": sum(report.bytes_down for report in reports),
-        "bytes_up": sum(report.bytes_up for report in reports),
-        "train_seconds": sum(report.train_seconds for report in reports),
-    }
 
 
 def linear(what: str, train: Texts, test: Texts, seed: int) -> dict[str, Any]:

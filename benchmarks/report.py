@@ -57,7 +57,7 @@ def make_report(
             zip(manifest.plan.model.modalities, (last_accuracy(run.rounds) for run in single), strict=False)
         ),
         "stages": [_stage(manifest, main.rounds, index) for index in range(len(manifest.stages))],
-        "devices": [_device(name, updates) for name in sorted({update.device for update in updates})],
+        "devices": [device_row(name, updates) for name in sorted({update.device for update in updates})],
         "totals": {
             "rounds": len(main.rounds),
             "bytes_down": sum(update.report.bytes_down for update in updates),
@@ -119,7 +119,8 @@ def _stage(manifest: Manifest, rounds: Sequence[RoundStatus], index: int) -> dic
     }
 
 
-def _device(name: str, updates: Sequence[DeviceReport]) -> dict[str, Any]:
+def device_row(name: str, updates: Sequence[DeviceReport]) -> dict[str, Any]:
+    """What a device took for the whole run."""
     mine = [update for update in updates if update.device == name]
     reports = [update.report for update in mine]
     return {
