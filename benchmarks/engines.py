@@ -40,7 +40,7 @@ from lamina.manifest import ENGINES, LABEL, EngineName, Manifest
 from lamina.plan import AdamW, Plan
 
 BATCH, STAGE = 16, 1
-BOUND = 1.3
+BOUND = 1.25
 
 
 def measure(tokens: int, repeats: int, folder: Path) -> list[dict[str, Any]]:
