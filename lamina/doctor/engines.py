@@ -86,8 +86,8 @@ def _vision_remedy(versions: Mapping[str, str]) -> str:
     build = versions.get("torch", "").partition("+")[2]
     if not version or not build:
         return "pip uninstall -y torchvision, or install the one that is made for this torch (docs/doctor.md, torchvision)"
-    index = f"https://download.pytorch.org/whl/{build}"
     return (
-        f"pip install --no-deps --force-reinstall --index-url {index} torchvision=={version}+{build}"
-        "  (without timm: pip uninstall -y torchvision; without that index: docs/doctor.md, torchvision)"
+        f'pip install --no-deps --force-reinstall --index-url "$TORCH_INDEX" torchvision=={version}+{build}, where TORCH_INDEX '
+        "is the index that this torch came from  (without timm: pip uninstall -y torchvision; without such an index: "
+        "docs/doctor.md, torchvision)"
     )

@@ -237,7 +237,7 @@ def test_a_module_that_cannot_be_imported_is_told_with_its_first_cause(tmp_path:
     assert faults == {"broken_vision": "RuntimeError: operator torchvision::nms does not exist", "fine": None}
     broken, fine = check_libraries(faults, {"torchvision": "0.28.0", "torch": "2.13.0+cpu", "fine": "1"})
     assert (broken.state, fine.state) == ("warning", "ok")
-    assert "download.pytorch.org/whl/cpu torchvision==0.28.0+cpu" in broken.remedy
+    assert '--index-url "$TORCH_INDEX" torchvision==0.28.0+cpu' in broken.remedy
 
 
 def test_a_module_that_kills_its_process_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
