@@ -1,5 +1,6 @@
 """From a file, a text, an image or an array to the row that one input of the model takes."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class Settings:
     tokenizer: str = "words"
 
 
-class Converter:
+class Converter(ABC):
     """Calling it gives a row of `shape` and `dtype`; raises DataError that says what is wrong with the value.
 
     `seen` counts what was cut, padded or resized on the way, because a user may not have meant it.
@@ -41,8 +42,8 @@ class Converter:
         self.shape, self.dtype = shape, np.dtype(dtype)
         self.seen: Counter[str] = Counter()
 
-    def __call__(self, value: Any) -> Array:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, value: Any) -> Array: ...
 
 
 def make_converter(encoder: AnyEncoder, settings: Settings) -> Converter:

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from export.bundle import export_bundle
 from export.recipe import is_factory, resolve
-from lamina.errors import ConfigError, CutError, ExportError
+from lamina.cli.main import app
+from lamina.errors import ConfigError, CutError, ExportError, TensorFileError
+from lamina.keys import VARIABLE, own_key, trust_key
 from lamina.plan import Plan
 from lamina.recipe import read_recipe
+from lamina.signing import key_text
 from tests.small_plans import SENSORS, make_plan
 
 HERE = "tests.export.user_models"
@@ -158,6 +162,21 @@ def test_three_modalities_export_as_two_do(tmp_path):
     train = manifest.programs[manifest.stages[1].train["torch"]]
     assert [spec.name for spec in train.inputs] == ["signal", "text", "other", "label"]
     assert [note for note in manifest.notes if "dropouts of up to 0.3 are off" in note]
+
+
+def test_assemble_calls_the_factory_of_another_machine_s_bundle_only_if_told(tmp_path, monkeypatch):
+    found = resolve(f"{HERE}:signal", {"classes": 3, "training": {"batch_size": 4}})
+    export_bundle(found.plan, tmp_path / "b", ("torch",), model=found.model, cache=tmp_path / "c")
+    signer = key_text(own_key().public_key)
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "keys of another machine"))
+    trust_key(signer, "exporter")
+
+    arguments = ["assemble", str(tmp_path / "b"), "--weights", str(tmp_path / "none"), "--out", str(tmp_path / "m")]
+    refused = CliRunner().invoke(app, arguments).exception
+    told = CliRunner().invoke(app, [*arguments, "--run-factories"]).exception
+
+    assert isinstance(refused, ConfigError) and "user_models:signal would be called" in refused.message
+    assert isinstance(told, TensorFileError)  # one step further: the weights are not there
 
 
 def test_what_is_a_factory():
