@@ -183,7 +183,10 @@ def _changed_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 def _changed_plan(plan: Plan, changes: Mapping[str, Any], source: str) -> Plan:
-    """A whole plan with options of the command: the stages are made anew if an option is about them."""
+    """A whole plan with options of the command: the stages are made anew if an option is about them.
+
+    What no option names stays: layers per stage, and rounds and rates of each stage while there are as many stages.
+    """
     about_stages = {"strategy", "rounds", "learning_rate", "layers_per_stage", "freeze_stems"} & set(changes)
     others = set(changes) - about_stages - {*_MERGED, "seed", "name"}
     if others:
@@ -193,13 +196,19 @@ def _changed_plan(plan: Plan, changes: Mapping[str, Any], source: str) -> Plan:
     for key in _MERGED:
         values[key] |= dict(changes.get(key, {}))
     if about_stages:
+        first = plan.stages[0]
+        are_as_many = not {"strategy", "layers_per_stage"} & about_stages
+        rounds: int | list[int] = [s.rounds for s in plan.stages] if are_as_many else sum(s.rounds for s in plan.stages)
+        rates: float | list[float] = [s.learning_rate for s in plan.stages] if are_as_many else first.learning_rate
+        layers = {m: sum(name.startswith(f"{m}.layers.") for name in first.active) for m in plan.model.modalities}
+        own = 1 if plan.strategy == "end_to_end" else layers
         stages = make_stages(
             plan.model,
             changes.get("strategy", plan.strategy),
-            changes.get("rounds", sum(stage.rounds for stage in plan.stages)),
-            changes.get("learning_rate", plan.stages[0].learning_rate),
-            changes.get("layers_per_stage", 1),
-            changes.get("freeze_stems", any(name.endswith(".stem") for name in plan.stages[0].frozen)),
+            changes.get("rounds", rounds),
+            changes.get("learning_rate", rates),
+            changes.get("layers_per_stage", own),
+            changes.get("freeze_stems", any(name.endswith(".stem") for name in first.frozen)),
         )
         values |= {
             "strategy": changes.get("strategy", plan.strategy),

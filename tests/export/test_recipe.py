@@ -12,6 +12,7 @@ from lamina.keys import VARIABLE, own_key, trust_key
 from lamina.plan import Plan
 from lamina.recipe import read_recipe
 from lamina.signing import key_text
+from lamina.strategies import make_stages
 from tests.small_plans import SENSORS, make_plan
 
 HERE = "tests.export.user_models"
@@ -85,6 +86,19 @@ def test_options_replace_what_a_whole_plan_says_and_remake_its_stages_only_if_th
     assert resolve(path, {"strategy": "end_to_end"}).plan.strategy == "end_to_end"
     with pytest.raises(ConfigError, match="is a whole plan: 'classes' is decided in it"):
         resolve(path, {"classes": 4})
+
+
+def test_what_no_option_names_stays_when_the_stages_are_made_anew(tmp_path):
+    plan = make_plan(SENSORS)
+    own = make_stages(SENSORS, "layerwise", [3, 5], [0.1, 0.2])
+    path = write(tmp_path, plan.model_copy(update={"stages": own}).to_json().decode(), "plan.json")
+    assert resolve(path, {"freeze_stems": False}).plan.stages == own
+    assert [stage.rounds for stage in resolve(path, {"learning_rate": 0.3}).plan.stages] == [3, 5]
+    assert [stage.learning_rate for stage in resolve(path, {"rounds": 4}).plan.stages] == [0.1, 0.2]
+
+    two = make_stages(SENSORS, "layerwise", 8, 0.1, layers_per_stage=2)
+    path = write(tmp_path, plan.model_copy(update={"stages": two}).to_json().decode(), "two.json")
+    assert [stage.rounds for stage in resolve(path, {"rounds": 6}).plan.stages] == [6]
 
 
 def test_a_written_plan_resolves_to_itself(tmp_path):
