@@ -51,13 +51,17 @@ Row = dict[str, Any]
 
 def measure(model: str, engine: EngineName) -> Row:
     """One row. A model that cannot be exported, or a program that is off, is a row with an `error`."""
-    row: Row = {"model": model, "is": (MODELS[model].__doc__ or "").strip(), "engine": engine}
+    row: Row = {"model": model, "is": _is(model), "engine": engine}
     begin = time.perf_counter()
     try:
         row |= measure_programs(_resolve(model), engine)
     except LaminaError as error:
         row |= {"error": f"{type(error).__name__}: {error.message}"}
     return row | {"seconds": time.perf_counter() - begin}
+
+
+def _is(model: str) -> str:
+    return (MODELS[model].__doc__ or "").strip()
 
 
 def measure_programs(resolved: Resolved, engine: EngineName) -> Row:
@@ -106,7 +110,7 @@ def kept_rows(facts: dict[str, Any]) -> list[Row]:
     content = json.loads(path.read_text())
     if content["versions"] != versions() or any(content.get(key) != value for key, value in facts.items()):
         return []
-    return [row for row in content["rows"] if holds(row)]
+    return [row | {"is": _is(row["model"])} for row in content["rows"] if holds(row) and row["model"] in MODELS]
 
 
 def run(models: Sequence[str], engines: Sequence[EngineName], is_fresh: bool, console: Console) -> list[Row]:

@@ -44,7 +44,7 @@ def timm_deit_distilled() -> nn.Module:
 
 
 def timm_resnet() -> Trunk:
-    """timm ResNet, four BasicBlocks, end to end"""
+    """timm ResNet, four BasicBlocks"""
     make_torchvision_importable()
     from timm.models.resnet import BasicBlock, ResNet
 
@@ -52,7 +52,7 @@ def timm_resnet() -> Trunk:
 
 
 def timm_mobilenetv3() -> Trunk:
-    """timm MobileNetV3, three blocks, end to end"""
+    """timm MobileNetV3, three blocks"""
     make_torchvision_importable()
     from timm.models._efficientnet_builder import decode_arch_def
     from timm.models.mobilenetv3 import MobileNetV3
@@ -62,7 +62,7 @@ def timm_mobilenetv3() -> Trunk:
 
 
 def timm_efficientnet() -> Trunk:
-    """timm EfficientNet, two blocks, end to end"""
+    """timm EfficientNet, two blocks"""
     make_torchvision_importable()
     from timm.models._efficientnet_builder import decode_arch_def
     from timm.models.efficientnet import EfficientNet
@@ -74,7 +74,7 @@ def timm_efficientnet() -> Trunk:
 
 
 def torchvision_resnet() -> Trunk:
-    """torchvision ResNet, four BasicBlocks, end to end"""
+    """torchvision ResNet, four BasicBlocks"""
     make_torchvision_importable()
     from torchvision.models.resnet import BasicBlock, ResNet
 

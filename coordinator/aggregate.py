@@ -1,12 +1,15 @@
-"""The weighted mean of a round (FedAvg): w_new = float32(float64(w_start) + sum_k n_k * d_k / sum_k n_k).
+"""The weighted mean of a round (FedAvg): w_new = float32(float64(w_start) + rate * sum_k n_k * d_k / sum_k n_k).
+
+The sums of a tensor run over the updates that have it: a device with some of the modalities sends only their tensors. One
+that no update has stays as it is, bit for bit. `rate` is the plan's `server_learning_rate`; 1 is plain FedAvg.
 
 Deterministic: the sum is taken in float64 in an order that only the updates' values and example counts decide, so the
 same set of updates gives the same bytes whatever the order of arrival, the encoding or the number of restarts. One
 tensor of one update is resident at a time, beside the float64 sum of the exchange vector.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +21,33 @@ from lamina.tensors import Float32, decode_one_by_one
 
 @dataclass(frozen=True, order=True)
 class Contribution:
-    """An update as the mean sees it. The order of the fields is the order of summation."""
+    """An update as the mean sees it. The order of the compared fields is the order of summation.
+
+    `specs` are the tensors that it has; None: all of the round. Their names are part of the content, so they decide no order.
+    """
 
     content_sha256: str
     num_examples: int
     path: Path
+    specs: Sequence[TensorSpec] | None = field(default=None, compare=False)
 
 
 def weighted_mean(
-    start: Mapping[str, Float32], contributions: Iterable[Contribution], specs: list[TensorSpec]
+    start: Mapping[str, Float32], contributions: Iterable[Contribution], specs: Sequence[TensorSpec], rate: float = 1.0
 ) -> dict[str, Float32]:
-    """The new exchange vector, by tensor name, from the start weights and at least one contribution.
+    """The new exchange vector, by tensor name, from the start weights and the updates.
 
     Raises TensorFileError if a file is not what was accepted.
     """
-    ordered = sorted(contributions)
-    total_examples = sum(contribution.num_examples for contribution in ordered)
     sums: dict[str, NDArray[np.float64]] = {spec.name: np.zeros(spec.shape, np.float64) for spec in specs}
-    for contribution in ordered:
-        for name, difference in decode_one_by_one(str(contribution.path), specs):
+    examples = dict.fromkeys(sums, 0)
+    for contribution in sorted(contributions):
+        for name, difference in decode_one_by_one(str(contribution.path), contribution.specs or specs):
             sums[name] += difference.astype(np.float64) * contribution.num_examples
-    return {name: (start[name].astype(np.float64) + total / total_examples).astype(np.float32) for name, total in sums.items()}
+            examples[name] += contribution.num_examples
+    return {
+        name: (start[name].astype(np.float64) + rate * (total / examples[name])).astype(np.float32)
+        if examples[name]
+        else start[name]
+        for name, total in sums.items()
+    }

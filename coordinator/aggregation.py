@@ -1,4 +1,4 @@
-"""From an aggregating round to new weights: read what was accepted, make the mean, store it, and move on.
+"""From accepted updates to new weights: read what was accepted, make the mean, store it, and move on.
 
 A crash anywhere repeats the whole from the same rows and gives the same bytes: the round leaves the phase in the one
 transaction that also names the new weights.
@@ -8,16 +8,17 @@ import logging
 import threading
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from coordinator.aggregate import Contribution, weighted_mean
+from coordinator.calibration import apply_calibration, due_calibrations
+from coordinator.evaluating import begin_evaluation
 from coordinator.house import House
-from coordinator.rounds import advance, enter
-from coordinator.tables import EvaluationRow, RoundRow, RunRow, UpdateRow, WeightRow
+from coordinator.modalities import from_text
+from coordinator.rounds import advance
+from coordinator.tables import RoundRow, RunRow, UpdateRow
+from coordinator.weights import name_weights, put_segments, read_weights
 from lamina.errors import LaminaError
 from lamina.files import raise_if_full
-from lamina.manifest import Manifest
-from lamina.tensors import Float32, decode_file, encode
 
 log = logging.getLogger("lamina.coordinator")
 
@@ -37,25 +38,32 @@ class Aggregator:
         if not self._busy.acquire(blocking=False):
             return
         try:
-            attempted: set[int] = set()
+            attempted: set[tuple[str, int]] = set()
             while (due := self._due() - attempted) != set():
-                round_id = min(due)
-                attempted.add(round_id)
-                self._attempt(round_id)
+                work = min(due)
+                attempted.add(work)
+                self._attempt(*work)
         finally:
             self._busy.release()
 
-    def _due(self) -> set[int]:
+    def _due(self) -> set[tuple[str, int]]:
+        """What is to be done, and for which round (by row id)."""
         with self._house.database.read() as session:
-            return set(session.scalars(select(RoundRow.id).where(RoundRow.phase == "aggregating")))
+            aggregating = session.scalars(select(RoundRow.id).where(RoundRow.phase == "aggregating")).all()
+            due = {("aggregation", round_id) for round_id in aggregating}
+            return due | {("calibration", round_id) for round_id in due_calibrations(session)}
 
-    def _attempt(self, round_id: int) -> None:
+    def _attempt(self, work: str, round_id: int) -> None:
         try:
-            aggregate_round(self._house, round_id)
+            if work == "aggregation":
+                aggregate_round(self._house, round_id)
+            else:
+                apply_calibration(self._house, round_id)
             self._house.trouble.pop(round_id, None)
+            self._house.variants.remove_outdated(self._house.manifest)
         except (LaminaError, OSError) as error:
             self._house.trouble[round_id] = _as_lamina(error, self._house).message
-            log.error("aggregation of round id %d failed", round_id, exc_info=error)
+            log.error("%s of round id %d failed", work, round_id, exc_info=error)
 
 
 def aggregate_round(house: House, round_id: int) -> None:
@@ -64,33 +72,38 @@ def aggregate_round(house: House, round_id: int) -> None:
         row = session.get_one(RoundRow, round_id)
         run = session.get_one(RunRow, row.run_number)
         stage, manifest = row.stage, house.manifest(run.manifest)
-        start = _start_weights(house, session, run, stage)
+        start = read_weights(house, session, run, manifest.plan.stages[stage].active)
+        updates = session.scalars(select(UpdateRow).where(UpdateRow.round_id == round_id)).all()
+        sets = {update.modalities: from_text(update.modalities) for update in updates}
+        specs = {text: manifest.exchange_specs(stage, modalities) for text, modalities in sets.items()}
         contributions = [
-            Contribution(update.content_sha256, update.num_examples, house.update_file(round_id, update.device_id))
-            for update in session.scalars(select(UpdateRow).where(UpdateRow.round_id == round_id))
+            Contribution(
+                update.content_sha256,
+                update.num_examples,
+                house.update_file(round_id, update.device_id),
+                specs[update.modalities],
+            )
+            for update in updates
         ]
-    new = weighted_mean(start, contributions, manifest.exchange_specs(stage))
-    blobs = {name: house.blobs.put(_segment_file(manifest, name, new)) for name in manifest.plan.stages[stage].active}
+    trained = {name for modalities in sets.values() for name in manifest.exchange(stage, modalities)}
+    new = weighted_mean(start, contributions, manifest.exchange_specs(stage), manifest.plan.server_learning_rate)
+    blobs = put_segments(house, manifest, sorted(trained), new)
     commit_round(house, round_id, blobs)
     remove_updates(house, round_id)
-    house.variants.remove_outdated(house.manifest)
 
 
 def commit_round(house: House, round_id: int, blobs: dict[str, str]) -> None:
-    """In one transaction: name the new weights, ask for evaluations, leave the phase."""
+    """In one transaction: name the new weights, ask for the calibration or for evaluations, leave the phase."""
     now = house.clock()
     with house.database.write() as session:
         row = session.get_one(RoundRow, round_id)
         run = session.get_one(RunRow, row.run_number)
-        for segment, blob in blobs.items():
-            session.get_one(WeightRow, (run.number, segment)).blob = blob
-        lease_ends = now + house.manifest(run.manifest).plan.cohort.lease_seconds
-        for update in session.scalars(
-            select(UpdateRow).where(UpdateRow.round_id == round_id, UpdateRow.test_examples > 0)
-        ).all():
-            session.add(EvaluationRow(round_id=round_id, device_id=update.device_id, lease_ends_unix_seconds=lease_ends))
-        enter(row, "evaluating", now)
+        name_weights(session, run, blobs)
         log.info("%s: round %d of stage %d is aggregated", run.id, row.round, row.stage)
+        if house.manifest(run.manifest).plan.calibration:
+            row.enter("calibrating", now)
+        else:
+            begin_evaluation(house, session, run, row, now)
         session.flush()
         advance(house, session, run, now)
 
@@ -102,28 +115,16 @@ def remove_updates(house: House, round_id: int) -> None:
 
 
 def remove_leftovers(house: House) -> None:
-    """Deletes bodies that a crash left behind: of rounds whose aggregation is committed."""
+    """Deletes bodies that a crash left behind: of rounds whose aggregation, or calibration, is committed."""
     with house.database.read() as session:
         needed = set(session.scalars(select(RoundRow.id).where(RoundRow.phase.in_(("training", "aggregating")))))
+        calibrating = set(session.scalars(select(RoundRow.id).where(RoundRow.phase == "calibrating")))
+    kept = {house.calibration_file(round_id) for round_id in calibrating}
     for path in house.settings.updates.iterdir():
         round_id = path.name.partition("-")[0]
-        if round_id.isdecimal() and int(round_id) not in needed:
+        is_past = int(round_id) not in needed if round_id.isdecimal() else round_id == "calibration" and path not in kept
+        if is_past:
             path.unlink()
-
-
-def _start_weights(house: House, session: Session, run: RunRow, stage: int) -> dict[str, Float32]:
-    """The exchange vector that the round's devices started from, by tensor name."""
-    manifest = house.manifest(run.manifest)
-    start: dict[str, Float32] = {}
-    for name in manifest.plan.stages[stage].active:
-        blob = session.get_one(WeightRow, (run.number, name)).blob
-        tensors = decode_file(str(house.blobs.path(blob)), manifest.segment(name).tensors)
-        start |= {f"{name}/{tensor}": value for tensor, value in tensors.items()}
-    return start
-
-
-def _segment_file(manifest: Manifest, name: str, vector: dict[str, Float32]) -> bytes:
-    return encode({tensor.name: vector[f"{name}/{tensor.name}"] for tensor in manifest.segment(name).tensors})
 
 
 def _as_lamina(error: LaminaError | OSError, house: House) -> LaminaError:

@@ -14,7 +14,9 @@ from coordinator.house import Clock, House
 from coordinator.incoming import Incoming
 from coordinator.problems import install
 from coordinator.settings import Settings
-from coordinator.updates import Address
+from coordinator.slots import Address
+from coordinator.split.routes import split_routes
+from coordinator.split.runtime import Runtime
 from lamina.errors import ProtocolError
 from lamina.record import Record
 from lamina.tensors import max_file_bytes
@@ -23,8 +25,11 @@ from lamina.wire import REPORT_HEADER, SIGNATURE_HEADER, Accepted, CheckIn, Enro
 Authorization = Annotated[str | None, Header()]
 
 
-def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
-    """The coordinator on the state folder of `settings`. Raises StoreError or ConfigError if that cannot be opened."""
+def create_app(settings: Settings, clock: Clock = time.time, split: Runtime | None = None) -> FastAPI:
+    """The coordinator on the state folder of `settings`; with `split`, it serves split training and runs its half on that.
+
+    Raises StoreError or ConfigError if the folder cannot be opened.
+    """
     house = House(settings, clock)
     aggregator = Aggregator(house)
 
@@ -42,8 +47,8 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
     app.state.house = house
     install(app)
 
-    def as_enroller(authorization: Authorization = None) -> None:
-        house.tokens.require_enrolment(authorization)
+    def as_enroller(authorization: Authorization = None) -> bool:
+        return house.tokens.require_enrolment(authorization)
 
     def as_admin(authorization: Authorization = None) -> None:
         house.tokens.require_admin(authorization)
@@ -55,7 +60,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         house.tokens.require_any(authorization)
 
     # Dependencies run in the order of the parameters: nobody's body is read before he has shown his token.
-    Enroller = Annotated[None, Depends(as_enroller)]
+    Enroller = Annotated[bool, Depends(as_enroller)]
     Admin = Annotated[None, Depends(as_admin)]
     Device = Annotated[str, Depends(as_device)]
     Known = Annotated[None, Depends(as_anyone_known)]
@@ -66,8 +71,8 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         return {"status": "ok"}
 
     @app.post("/v1/devices")
-    def enrol(_: Enroller, body: Json) -> Response:
-        return _json(devices.enrol(house, Enrolment.from_json(body, "the enrolment")), 201)
+    def enrol(is_trusted: Enroller, body: Json) -> Response:
+        return _json(devices.enrol(house, Enrolment.from_json(body, "the enrolment"), is_trusted), 201)
 
     @app.post("/v1/check-in")
     def ask_for_work(device: Device, body: Json, later: BackgroundTasks) -> Response:
@@ -117,7 +122,7 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         expected = await run_in_threadpool(updates.expect_update, house, address, digest, report, compression)
         if isinstance(expected, Accepted):
             return _json(expected)
-        limit_bytes = max_file_bytes(expected)
+        limit_bytes = max_file_bytes(expected.specs)
         bodies.check_length(request, limit_bytes)
         with Incoming(settings.updates, limit_bytes) as incoming:
             await bodies.receive(request, incoming)
@@ -132,6 +137,8 @@ def create_app(settings: Settings, clock: Clock = time.time) -> FastAPI:
         evaluation = Evaluation.from_json(body, "the evaluation")
         return _json(evaluations.accept_evaluation(house, address, evaluation))
 
+    if split is not None:
+        app.include_router(split_routes(house, split))
     return app
 
 

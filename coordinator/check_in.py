@@ -2,14 +2,17 @@
 
 from sqlalchemy.orm import Session
 
+from coordinator.assignments import make_assignment
+from coordinator.calibration import take_calibration, why_not_calibrate
 from coordinator.devices import get_device, remember
 from coordinator.house import House
+from coordinator.modalities import largest_set, to_text
 from coordinator.rounds import advance, current_round, get_run, open_runs, places
-from coordinator.tables import EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow, WeightRow
-from coordinator.terms import Terms, agree
+from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
+from coordinator.terms import agree
 from coordinator.waiting import describe
 from lamina.manifest import Manifest
-from lamina.wire import Assignment, CheckIn, Phase, Refused, Wait
+from lamina.wire import Assignment, CheckIn, Refused, Wait
 
 
 def check_in(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait | Refused:
@@ -29,6 +32,11 @@ def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait
         device = get_device(session, device_id)
         candidates = [get_run(session, facts.run)] if facts.run else open_runs(session)
         candidates = [run for run in candidates if not run.is_finished]
+        if facts.role == "calibrator" and not device.is_trusted:
+            return Refused(
+                detail="a calibrator changes all layers by itself, so it enrols with the admin token: give --token-file "
+                f"{house.settings.admin_token.name} and a new --state folder"
+            )
         misfits: list[str] = []
         for run in candidates:
             misfit = why_not(house.manifest(run.manifest), facts)
@@ -39,7 +47,7 @@ def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait
             session.flush()  # so that the count of devices that are here has this one
             advance(house, session, run, now)
             if not run.is_finished:
-                return offer(house, session, run, device_id, facts, now)
+                return offer(house, session, run, device, facts, now)
         remember(house, device, None, facts, now)
         if misfits:
             return Refused(detail="; ".join(misfits))
@@ -49,33 +57,41 @@ def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait
 
 def why_not(manifest: Manifest, facts: CheckIn) -> str | None:
     """Why a device cannot take part in a run, with what would help; None if it can."""
+    if facts.role == "calibrator":
+        return why_not_calibrate(manifest, facts.engine, facts.modalities)
     if facts.engine not in manifest.engines:
         return f"has programs for {', '.join(manifest.engines)}, not for {facts.engine}: export the bundle with that engine"
-    lacking = [modality for modality in manifest.plan.model.modalities if modality not in facts.modalities]
-    if lacking:
-        return f"trains {', '.join(manifest.plan.model.modalities)}, and this device has no data for {', '.join(lacking)}"
+    if largest_set(manifest.plan, facts.modalities) is None:
+        needed = manifest.plan.model.modalities
+        lacking = [modality for modality in needed if modality not in facts.modalities]
+        sets = "".join(f", or with {' and '.join(subset)} alone" for subset in manifest.plan.device_modalities)
+        return f"trains {', '.join(needed)}{sets}, and this device has no data for {', '.join(lacking)}"
     return None
 
 
-def offer(house: House, session: Session, run: RunRow, device_id: str, facts: CheckIn, now: float) -> Assignment | Wait:
-    """The device's work in the round where the run stands."""
+def offer(house: House, session: Session, run: RunRow, device: DeviceRow, facts: CheckIn, now: float) -> Assignment | Wait:
+    """The device's work in the round where the run stands; a calibrator's is the calibration and nothing else."""
     row = current_round(session, run)
     if row is None:
         return _wait(house, "cohort", describe(house, session, run, now))
     plan = house.manifest(run.manifest).plan
     terms = agree(plan.training, facts)
     lease_ends = now + plan.cohort.lease_seconds
-    if row.phase == "training" and (place := _take_place(house, session, run, row, device_id, now)):
+    modalities = largest_set(plan, facts.modalities) or ()
+    if facts.role == "calibrator":
+        if row.phase == "calibrating" and take_calibration(session, row, device.id, terms, now, lease_ends):
+            return make_assignment(house, session, run, row, device, "calibrate", terms)
+    elif row.phase == "training" and (place := _take_place(house, session, run, row, device.id, now)):
         place.lease_ends_unix_seconds = lease_ends
         place.download_encoding, place.upload_encoding = terms.download_encoding, terms.upload_encoding
-        place.compression = terms.compression
-        return _assignment(house, session, run, row, "train", terms)
-    if row.phase == "evaluating":
-        asked = session.get(EvaluationRow, (row.id, device_id))
+        place.compression, place.modalities, place.has_asked = terms.compression, to_text(modalities), True
+        return make_assignment(house, session, run, row, device, "train", terms, modalities)
+    elif row.phase == "evaluating":
+        asked = session.get(EvaluationRow, (row.id, device.id))
         if asked is not None and asked.evaluation is None:
             asked.lease_ends_unix_seconds = lease_ends
-            asked.download_encoding = terms.download_encoding
-            return _assignment(house, session, run, row, "evaluate", terms)
+            asked.download_encoding, asked.modalities = terms.download_encoding, to_text(modalities)
+            return make_assignment(house, session, run, row, device, "evaluate", terms, modalities)
     return _wait(house, "round", describe(house, session, run, now))
 
 
@@ -102,28 +118,6 @@ def _is_silent(session: Session, place: PlaceRow, now: float) -> bool:
     """Its lease is over, and no update has come."""
     has_sent = session.get(UpdateRow, (place.round_id, place.device_id)) is not None
     return place.lease_ends_unix_seconds <= now and not has_sent
-
-
-def _assignment(house: House, session: Session, run: RunRow, row: RoundRow, phase: Phase, terms: Terms) -> Assignment:
-    plan = house.manifest(run.manifest).plan
-    stage = plan.stages[row.stage]
-    weights: dict[str, str] = {}
-    for name in (*stage.frozen, *stage.active):
-        weight = session.get_one(WeightRow, (run.number, name))
-        weights[name] = weight.blob
-    return Assignment(
-        phase=phase,
-        run=run.id,
-        manifest=run.manifest,
-        stage=row.stage,
-        round=row.round,
-        weights=weights,
-        lease_seconds=plan.cohort.lease_seconds,
-        upload_encoding=terms.upload_encoding,
-        download_encoding=terms.download_encoding,
-        download_compression=terms.compression,
-        upload_compression=terms.compression,
-    )
 
 
 def _wait(house: House, reason: str, detail: str) -> Wait:

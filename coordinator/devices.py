@@ -6,19 +6,27 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
+from coordinator.losses import MAX_EXAMPLES
 from coordinator.tables import DeviceRow, RunRow
 from coordinator.tokens import hash_token, new_token
 from lamina.errors import ConfigError, NotEnrolledError
 from lamina.wire import CheckIn, Enrolled, Enrolment
 
 
-def enrol(house: House, enrolment: Enrolment) -> Enrolled:
+def enrol(house: House, enrolment: Enrolment, is_trusted: bool) -> Enrolled:
     """A new device with its own token. Raises ConfigError if the name is taken."""
     enrolled = Enrolled(device_id=f"dev-{uuid4().hex[:16]}", device_token=new_token())
     with house.database.write() as session:
         if session.scalar(select(DeviceRow.id).where(DeviceRow.name == enrolment.name)) is not None:
             raise ConfigError(f"another device is called {enrolment.name!r}; choose another name and join again")
-        session.add(DeviceRow(id=enrolled.device_id, name=enrolment.name, token_sha256=hash_token(enrolled.device_token)))
+        session.add(
+            DeviceRow(
+                id=enrolled.device_id,
+                name=enrolment.name,
+                token_sha256=hash_token(enrolled.device_token),
+                is_trusted=is_trusted,
+            )
+        )
     return enrolled
 
 
@@ -36,8 +44,9 @@ def remember(house: House, device: DeviceRow, run: RunRow | None, facts: CheckIn
     disk writes.
     """
     device.run_number = run.number if run else None
-    device.engine = facts.engine
-    device.test_examples = facts.test_examples
+    device.engine, device.role = facts.engine, facts.role
+    # Only whether there are any is ever asked, and the column holds no number of any size.
+    device.test_examples = min(facts.test_examples, MAX_EXAMPLES)
     seen = device.seen_unix_seconds
     if seen is None or abs(now - seen) > house.settings.presence_seconds / 4:
         device.seen_unix_seconds = now

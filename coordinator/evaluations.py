@@ -1,9 +1,10 @@
 """Evaluations of the weights that a round made, by the devices that were asked; each counts once."""
 
 from coordinator.house import House
+from coordinator.losses import MAX_EXAMPLES
 from coordinator.rounds import advance, get_round, get_run
+from coordinator.slots import Address
 from coordinator.tables import EvaluationRow
-from coordinator.updates import Address
 from lamina.errors import RoundClosedError, UpdateRejectedError
 from lamina.wire import Accepted, Evaluation
 
@@ -12,6 +13,8 @@ def accept_evaluation(house: House, address: Address, evaluation: Evaluation) ->
     """Counts an evaluation. Raises UnknownNameError, UpdateRejectedError, RoundClosedError."""
     if evaluation.num_examples == 0:
         raise UpdateRejectedError("num_examples is 0: nothing was evaluated; a device without test data need not answer")
+    if evaluation.num_examples > MAX_EXAMPLES:
+        raise UpdateRejectedError(f"{evaluation.num_examples} examples cannot be: at most {MAX_EXAMPLES} are counted")
     if evaluation.correct > evaluation.num_examples:
         raise UpdateRejectedError(f"{evaluation.correct} correct of {evaluation.num_examples} examples cannot be")
     text = evaluation.model_dump_json()

@@ -45,5 +45,9 @@ class House:
         """Where an accepted update lies until its round is aggregated. Not a blob: no other device may fetch it."""
         return self.settings.updates / f"{round_id}-{device_id}"
 
+    def calibration_file(self, round_id: int) -> Path:
+        """Where an accepted update of a calibrator lies until it is applied."""
+        return self.settings.updates / f"calibration-{round_id}"
+
     def close(self) -> None:
         self.database.close()

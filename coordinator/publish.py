@@ -2,6 +2,7 @@
 
 import logging
 
+from coordinator.calibration import has_programs
 from coordinator.house import House
 from coordinator.signatures import keep_signature, publishers_trust
 from coordinator.tables import RunRow, WeightRow
@@ -19,8 +20,9 @@ def publish(house: House, body: bytes, signature_text: str | None) -> Published:
     """A new run of the plan of a manifest, given as its bytes; publishing the same manifest again makes another run.
 
     Raises SignatureError unless a trusted key signed these bytes (or none had to), ConfigError if they are no manifest or
-    the plan wants a compression that is not installed here, BundleError for a blob that is missing or has another size,
-    TensorFileError for initial weights that are not the tensors of their segment in fp32, DiskFullError.
+    the plan wants a compression that is not installed here, BundleError for programs that the plan needs and the bundle
+    lacks, and for a blob that is missing or has another size, TensorFileError for initial weights that are not the tensors
+    of their segment in fp32, DiskFullError.
     """
     signature = None if signature_text is None else parse_signature(signature_text, f"the {SIGNATURE_HEADER} header")
     signer = publishers_trust(house.settings).check(hash_bytes(body), signature)
@@ -28,6 +30,7 @@ def publish(house: House, body: bytes, signature_text: str | None) -> Published:
     compression = manifest.plan.training.compression
     if compression not in available_compressions():
         raise ConfigError(f"the plan wants {compression}, which this coordinator lacks: pip install 'lamina[coordinator]'")
+    check_programs(manifest)
     check_blobs(house, manifest)
     digest = house.blobs.put(body)  # as it came: devices verify the signature of these bytes
     if signature is not None:
@@ -41,6 +44,20 @@ def publish(house: House, body: bytes, signature_text: str | None) -> Published:
         published = Published(run=run.id)
     log.info("%s is published: plan %r, manifest %s, %s", published.run, manifest.plan.name, digest, signer)
     return published
+
+
+def check_programs(manifest: Manifest) -> None:
+    """There are programs for whatever the plan lets devices do; they would find out after their download otherwise."""
+    plan = manifest.plan
+    for stage, programs in zip(plan.stages, manifest.stages, strict=True):
+        for subset in plan.device_modalities if stage.rounds else ():
+            if not any(part.modalities == subset for part in programs.partial):
+                raise BundleError(
+                    f"device_modalities of the plan has {list(subset)}, and the bundle has no programs of stage {stage.index} "
+                    "for it; export the bundle again"
+                )
+    if plan.calibration and not any(has_programs(manifest, engine) for engine in manifest.engines):
+        raise BundleError("the plan wants calibration, and the bundle has no programs for it; export the bundle again")
 
 
 def check_blobs(house: House, manifest: Manifest) -> None:

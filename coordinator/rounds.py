@@ -1,11 +1,15 @@
 """The state machine of a run. `advance` is all of it, top to bottom; what it decides is a row before anybody acts on it.
 
     stage with 0 rounds     passed at once, its segments stay as they are
-    no round                until the cohort is here
+    no round                until enough devices are here; with `cohort.pool`, its cohort is then drawn (`coordinator.cohort`)
     training                until every place has its update, or at the deadline with at least `min_updates`
     aggregating             no more updates; the weighted mean is being made (`coordinator.aggregation`)
-    evaluating              until every device that was asked has answered or its lease is over
-    closed                  next round, next stage, or the run is finished
+    calibrating             only with `plan.calibration`: until the calibrator's update is applied (`coordinator.calibration`),
+                            or, if none has come by the deadline, no longer
+    evaluating              until every device that was asked has answered or its lease is over; none may be asked
+                            (`coordinator.evaluating`)
+    closed                  next round; or, after the last one or when the stage has stalled (`coordinator.stages`), the next
+                            stage, or the run is finished
 
 The clock may jump: a jump can end a lease or a deadline early or late, and can change nothing that was accepted.
 """
@@ -16,8 +20,11 @@ from collections.abc import Sequence
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from coordinator.cohort import start_round
+from coordinator.evaluating import awaited_evaluations, begin_evaluation
 from coordinator.house import House
-from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundPhase, RoundRow, RunRow, UpdateRow
+from coordinator.stages import early_end, ends_with, next_stage
+from coordinator.tables import CalibrationRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from lamina.errors import UnknownNameError
 
 log = logging.getLogger("lamina.coordinator")
@@ -25,43 +32,43 @@ log = logging.getLogger("lamina.coordinator")
 
 def advance(house: House, session: Session, run: RunRow, now: float) -> None:
     """Moves a run as far as it can go without arithmetic. Calling it again changes nothing."""
-    plan = house.manifest(run.manifest).plan
+    manifest = house.manifest(run.manifest)
+    plan = manifest.plan
     while not run.is_finished:
         if run.round == plan.stages[run.stage].rounds:
-            run.stage, run.round, run.since_unix_seconds = run.stage + 1, 0, now
-            if run.stage == len(plan.stages):
-                # The run stays at its last stage, so that its status still points at something that exists.
-                run.stage, run.is_finished = run.stage - 1, True
-                run.round = plan.stages[run.stage].rounds
-                log.info("%s is finished", run.id)
+            next_stage(session, manifest, run, now)
             continue
 
         row = current_round(session, run)
         if row is None:
-            if count_here(house, session, run, now) < plan.cohort.size:
-                return
-            session.add(RoundRow(run_number=run.number, stage=run.stage, round=run.round, since_unix_seconds=now))
-            session.flush()
-            log.info("%s: round %d of stage %d starts", run.id, run.round, run.stage)
+            start_round(house, session, run, now)
             return
 
         if row.phase == "training":
             updates = count_updates(session, row)
             is_past_deadline = now >= row.since_unix_seconds + plan.cohort.deadline_seconds
             if updates == plan.cohort.size or (is_past_deadline and updates >= plan.cohort.min_updates):
-                enter(row, "aggregating", now)
+                row.enter("aggregating", now)
             return
 
         if row.phase == "aggregating":
             return
 
+        if row.phase == "calibrating":
+            if is_calibrated(session, row) or now < row.since_unix_seconds + plan.cohort.deadline_seconds:
+                return
+            log.warning("%s: round %d of stage %d goes on without calibration", run.id, run.round, run.stage)
+            begin_evaluation(house, session, run, row, now)
+
         if row.phase == "evaluating":
             if awaited_evaluations(house, session, run, row, now):
                 return
-            enter(row, "closed", now)
+            row.enter("closed", now)
             log.info("%s: round %d of stage %d is closed", run.id, run.round, run.stage)
 
         run.round, run.since_unix_seconds = run.round + 1, now
+        if ends_with(session, plan, row):
+            next_stage(session, manifest, run, now)
 
 
 def advance_all(house: House, now: float) -> None:
@@ -69,10 +76,6 @@ def advance_all(house: House, now: float) -> None:
     with house.database.write() as session:
         for run in open_runs(session):
             advance(house, session, run, now)
-
-
-def enter(row: RoundRow, phase: RoundPhase, now: float) -> None:
-    row.phase, row.since_unix_seconds = phase, now
 
 
 def open_runs(session: Session) -> Sequence[RunRow]:
@@ -93,7 +96,8 @@ def get_run(session: Session, run_id: str) -> RunRow:
 
 def get_round(house: House, session: Session, run: RunRow, stage: int, number: int) -> RoundRow:
     """A round that has started. Raises UnknownNameError that says what does exist."""
-    stages = house.manifest(run.manifest).plan.stages
+    plan = house.manifest(run.manifest).plan
+    stages = plan.stages
     if not 0 <= stage < len(stages):
         raise UnknownNameError(f"{run.id} has stages 0 to {len(stages) - 1}, none is {stage}")
     if not 0 <= number < stages[stage].rounds:
@@ -101,6 +105,8 @@ def get_round(house: House, session: Session, run: RunRow, stage: int, number: i
     row = session.scalar(
         select(RoundRow).where(RoundRow.run_number == run.number, RoundRow.stage == stage, RoundRow.round == number)
     )
+    if row is None and (stage < run.stage or run.is_finished):
+        raise UnknownNameError(f"{run.id}: {early_end(session, plan, run.number, stage)}; check in for new work")
     if row is None:
         raise UnknownNameError(f"round {number} of stage {stage} of {run.id} has not started; check in to get work")
     return row
@@ -113,12 +119,10 @@ def current_round(session: Session, run: RunRow) -> RoundRow | None:
     )
 
 
-def count_here(house: House, session: Session, run: RunRow, now: float) -> int:
-    """How many devices asked this run for work within `presence_seconds`."""
-    since = now - house.settings.presence_seconds
-    return session.scalars(
-        select(func.count()).where(DeviceRow.run_number == run.number, DeviceRow.seen_unix_seconds >= since)
-    ).one()
+def is_calibrated(session: Session, row: RoundRow) -> bool:
+    """Whether the update of a calibrator was accepted in this round."""
+    calibration = session.get(CalibrationRow, row.id)
+    return calibration is not None and calibration.body_sha256 is not None
 
 
 def count_updates(session: Session, row: RoundRow) -> int:
@@ -131,17 +135,4 @@ def places(session: Session, row: RoundRow) -> Sequence[PlaceRow]:
         select(PlaceRow)
         .where(PlaceRow.round_id == row.id, PlaceRow.is_lost.is_(False))
         .order_by(PlaceRow.lease_ends_unix_seconds, PlaceRow.device_id)
-    ).all()
-
-
-def awaited_evaluations(house: House, session: Session, run: RunRow, row: RoundRow, now: float) -> Sequence[EvaluationRow]:
-    """Devices that still may answer. A device that renews its lease for ever is waited for until the round's deadline."""
-    if now >= row.since_unix_seconds + house.manifest(run.manifest).plan.cohort.deadline_seconds:
-        return []
-    return session.scalars(
-        select(EvaluationRow).where(
-            EvaluationRow.round_id == row.id,
-            EvaluationRow.evaluation.is_(None),
-            EvaluationRow.lease_ends_unix_seconds > now,
-        )
     ).all()

@@ -12,11 +12,12 @@ import uvicorn
 
 from coordinator.app import create_app
 from coordinator.settings import Settings
+from coordinator.split.runtime import Runtime
 from lamina.errors import ConfigError, PortInUseError
 from lamina.files import write_durably
 
 
-def serve(settings: Settings, on_listening: Callable[[str], None] = lambda url: None) -> None:
+def serve(settings: Settings, on_listening: Callable[[str], None] = lambda url: None, split: Runtime | None = None) -> None:
     """Serves until SIGINT or SIGTERM; `on_listening` gets the address as URL, which also stands in `<state>/address`.
 
     Raises PortInUseError, ConfigError if another coordinator has the state folder, StoreError.
@@ -31,7 +32,7 @@ def serve(settings: Settings, on_listening: Callable[[str], None] = lambda url: 
             on_listening(url)
 
         # No access log: it would be the one place where every request of every device is written down.
-        config = uvicorn.Config(create_app(settings), access_log=False, log_level="warning", lifespan="on")
+        config = uvicorn.Config(create_app(settings, split=split), access_log=False, log_level="warning", lifespan="on")
         asyncio.run(_Server(config, announce, settings.address).serve(sockets=[listener]))
 
 

@@ -1,14 +1,16 @@
 """What a run has done and what it waits for, as a user sees it."""
 
-from math import fsum
+from math import isfinite
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
+from coordinator.losses import mean_by_examples
+from coordinator.modalities import from_text
+from coordinator.notes import last_end, notes_of
 from coordinator.rounds import get_run
-from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow, WeightRow
-from coordinator.terms import Terms, shortfall
+from coordinator.tables import DeviceRow, EvaluationRow, RoundRow, RunRow, UpdateRow, WeightRow
 from coordinator.waiting import describe, describe_round
 from lamina.tensors import ENCODINGS
 from lamina.wire import DeviceReport, Evaluation, RoundStatus, RunList, RunStatus, TrainReport
@@ -28,6 +30,7 @@ def run_status(house: House, run_id: str) -> RunStatus:
         rows = session.scalars(
             select(RoundRow).where(RoundRow.run_number == run.number).order_by(RoundRow.stage, RoundRow.round)
         ).all()
+        ended = last_end(session, house.manifest(run.manifest).plan, run)
         weights = session.execute(select(WeightRow.segment, WeightRow.blob).where(WeightRow.run_number == run.number)).all()
         return RunStatus(
             run=run.id,
@@ -36,7 +39,7 @@ def run_status(house: House, run_id: str) -> RunStatus:
             manifest=run.manifest,
             stage=run.stage,
             round=run.round,
-            detail=describe(house, session, run, now),
+            detail="; ".join(part for part in (ended, describe(house, session, run, now)) if part),
             rounds=tuple(_round_status(house, session, run, row, now) for row in rows),
             weights={segment: blob for segment, blob in weights},
         )
@@ -48,22 +51,21 @@ def _round_status(house: House, session: Session, run: RunRow, row: RoundRow, no
     ).all()
     evaluations = [Evaluation.model_validate_json(answer.evaluation or "") for answer in answered]
     examples = sum(evaluation.num_examples for evaluation in evaluations)
-    # fsum: exact, so the same evaluations give the same number in any order.
-    loss = fsum(evaluation.loss * evaluation.num_examples for evaluation in evaluations)
+    loss = mean_by_examples((evaluation.loss, evaluation.num_examples) for evaluation in evaluations)
     return RoundStatus(
         stage=row.stage,
         round=row.round,
-        # To a user, a round that is being aggregated is still the training part of it; `waiting_for` says which.
-        state="training" if row.phase == "aggregating" else row.phase,
+        # To a user, a round whose new weights are being made is still the training part of it; `waiting_for` says which.
+        state="training" if row.phase == "aggregating" or row.phase == "calibrating" else row.phase,
         waiting_for=describe_round(house, session, run, row, now),
         updates=_reports(session, row),
         test_examples=examples,
         test_correct=sum(evaluation.correct for evaluation in evaluations),
-        test_loss=loss / examples if examples else None,
+        test_loss=loss if isfinite(loss) else None,
         evaluated_encodings=tuple(
             encoding for encoding in ENCODINGS[1:] if any(answer.download_encoding == encoding for answer in answered)
         ),
-        notes=_notes(house, session, run, row),
+        notes=notes_of(house, session, run, row),
     )
 
 
@@ -82,22 +84,7 @@ def _reports(session: Session, row: RoundRow) -> tuple[DeviceReport, ...]:
             download_encoding=update.download_encoding,
             upload_encoding=update.upload_encoding,
             upload_compression=update.upload_compression,
+            modalities=from_text(update.modalities),
         )
         for name, update in found
     )
-
-
-def _notes(house: House, session: Session, run: RunRow, row: RoundRow) -> tuple[str, ...]:
-    """Which devices of the round take larger transfers than the plan allows."""
-    training = house.manifest(run.manifest).plan.training
-    found = session.execute(
-        select(DeviceRow.name, PlaceRow)
-        .join(DeviceRow, DeviceRow.id == PlaceRow.device_id)
-        .where(PlaceRow.round_id == row.id, PlaceRow.is_lost.is_(False))
-        .order_by(DeviceRow.name)
-    ).all()
-    notes = (
-        (name, shortfall(training, Terms(place.download_encoding, place.upload_encoding, place.compression)))
-        for name, place in found
-    )
-    return tuple(f"{name} takes {note}" for name, note in notes if note)

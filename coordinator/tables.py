@@ -2,12 +2,16 @@
 
 Times are seconds since 1970 by the coordinator's clock. A round's rows:
 
-    rounds       training -> aggregating -> evaluating -> closed; it never goes back
-    places       who may send an update; a place that was given to another device stays, marked as lost
-    updates      what was accepted; such a row is never changed or deleted
-    evaluations  who was asked to evaluate the new weights, and the answer
+    rounds        training -> aggregating (-> calibrating) -> evaluating -> closed; it never goes back
+    places        who may send an update; a place that was given to another device stays, marked as lost
+    updates       what was accepted; such a row is never changed or deleted
+    calibrations  who calibrates the new weights, and that its update was accepted
+    evaluations   who was asked to evaluate the new weights, and the answer
 
-    variants     the same weights in smaller encodings; made from the float32 ones when first wanted, and again if lost
+    teachers      what the active segments of a stage were at the end of the stage before
+    variants      the same weights in smaller encodings; made from the float32 ones when first wanted, and again if lost
+
+A column `modalities` has the names of some of the model's modalities, joined by commas; empty: all of them.
 """
 
 from typing import Literal
@@ -18,8 +22,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from lamina.compression import Compression
 from lamina.manifest import EngineName
 from lamina.tensors import Encoding
+from lamina.wire import DeviceRole
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 UPGRADES: dict[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE places ADD COLUMN download_encoding TEXT NOT NULL DEFAULT 'fp32'",
@@ -30,10 +35,18 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE updates ADD COLUMN upload_compression TEXT NOT NULL DEFAULT 'none'",
         "ALTER TABLE evaluations ADD COLUMN download_encoding TEXT NOT NULL DEFAULT 'fp32'",
     ),
+    2: (
+        "ALTER TABLE devices ADD COLUMN role TEXT NOT NULL DEFAULT 'device'",
+        "ALTER TABLE devices ADD COLUMN is_trusted BOOLEAN NOT NULL DEFAULT 0",
+        "ALTER TABLE places ADD COLUMN has_asked BOOLEAN NOT NULL DEFAULT 1",
+        "ALTER TABLE places ADD COLUMN modalities TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE updates ADD COLUMN modalities TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE evaluations ADD COLUMN modalities TEXT NOT NULL DEFAULT ''",
+    ),
 }
 """What turns the tables of a version into those of the next; new tables are made by themselves."""
 
-RoundPhase = Literal["training", "aggregating", "evaluating", "closed"]
+RoundPhase = Literal["training", "aggregating", "calibrating", "evaluating", "closed"]
 
 
 class Base(DeclarativeBase):
@@ -41,7 +54,10 @@ class Base(DeclarativeBase):
 
 
 class DeviceRow(Base):
-    """A device, and what it said when it last asked for work. Its token is kept as a hash only."""
+    """A device, and what it said when it last asked for work. Its token is kept as a hash only.
+
+    `is_trusted`: it enrolled with the admin token, so it may calibrate.
+    """
 
     __tablename__ = "devices"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -51,6 +67,8 @@ class DeviceRow(Base):
     run_number: Mapped[int | None] = mapped_column(ForeignKey("runs.number"), index=True)
     engine: Mapped[EngineName | None] = mapped_column(Text)
     test_examples: Mapped[int] = mapped_column(default=0)
+    role: Mapped[DeviceRole] = mapped_column(Text, default="device")
+    is_trusted: Mapped[bool] = mapped_column(default=False)
 
 
 class RunRow(Base):
@@ -79,6 +97,16 @@ class WeightRow(Base):
     blob: Mapped[str]
 
 
+class TeacherRow(Base):
+    """The weights that a segment had when a stage began, which are those of the end of the stage before."""
+
+    __tablename__ = "teachers"
+    run_number: Mapped[int] = mapped_column(ForeignKey("runs.number"), primary_key=True)
+    stage: Mapped[int] = mapped_column(primary_key=True)
+    segment: Mapped[str] = mapped_column(primary_key=True)
+    blob: Mapped[str]
+
+
 class RoundRow(Base):
     """A round that has started. `since_unix_seconds` is when its present phase began."""
 
@@ -90,6 +118,9 @@ class RoundRow(Base):
     round: Mapped[int]
     phase: Mapped[RoundPhase] = mapped_column(Text, default="training", index=True)
     since_unix_seconds: Mapped[float]
+
+    def enter(self, phase: RoundPhase, now: float) -> None:
+        self.phase, self.since_unix_seconds = phase, now
 
 
 class VariantRow(Base):
@@ -103,7 +134,10 @@ class VariantRow(Base):
 
 
 class PlaceRow(Base):
-    """A device's place in the cohort of a round, and how its weights and its update travel."""
+    """A device's place in the cohort of a round, how its weights and its update travel, and the modalities that it trains.
+
+    A drawn device has a place before it asks for the work; all that it agrees to stands here once `has_asked` is true.
+    """
 
     __tablename__ = "places"
     round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"), primary_key=True)
@@ -113,6 +147,26 @@ class PlaceRow(Base):
     download_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
     upload_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
     compression: Mapped[Compression] = mapped_column(Text, default="none")
+    has_asked: Mapped[bool] = mapped_column(default=True)
+    modalities: Mapped[str] = mapped_column(default="")
+
+
+class CalibrationRow(Base):
+    """The one calibration of a round: who has the work, on which terms, and, once accepted, the update's hashes.
+
+    The update of a calibrator that went silent never came, so the row of the one that took over replaces its.
+    """
+
+    __tablename__ = "calibrations"
+    round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"), primary_key=True)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"))
+    lease_ends_unix_seconds: Mapped[float]
+    download_encoding: Mapped[Encoding] = mapped_column(Text)
+    upload_encoding: Mapped[Encoding] = mapped_column(Text)
+    compression: Mapped[Compression] = mapped_column(Text)
+    body_sha256: Mapped[str | None]
+    content_sha256: Mapped[str | None]
+    report: Mapped[str | None] = mapped_column(Text)
 
 
 class UpdateRow(Base):
@@ -133,6 +187,7 @@ class UpdateRow(Base):
     download_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
     upload_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
     upload_compression: Mapped[Compression] = mapped_column(Text, default="none")
+    modalities: Mapped[str] = mapped_column(default="")
 
 
 class EvaluationRow(Base):
@@ -144,3 +199,4 @@ class EvaluationRow(Base):
     lease_ends_unix_seconds: Mapped[float]
     evaluation: Mapped[str | None] = mapped_column(Text)
     download_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
+    modalities: Mapped[str] = mapped_column(default="")

@@ -29,11 +29,16 @@ class Tokens:
         self._settings = settings
         self._database = database
 
-    def require_enrolment(self, header: str | None) -> None:
-        if not hmac.compare_digest(_bearer(header).encode(), self._enrolment.encode()):
+    def require_enrolment(self, header: str | None) -> bool:
+        """Whether the newcomer is trusted: it showed the admin token in place of the enrolment token."""
+        token = _bearer(header)
+        if self._is_admin(token):
+            return True
+        if not hmac.compare_digest(token.encode(), self._enrolment.encode()):
             raise NotEnrolledError(
                 f"this is not the enrolment token; ask whoever runs the coordinator for {self._settings.enrolment_token.name}"
             )
+        return False
 
     def require_admin(self, header: str | None) -> None:
         if not self._is_admin(_bearer(header)):

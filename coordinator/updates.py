@@ -1,7 +1,7 @@
 """Updates: checked, synced to disk, committed, and only then answered. Each counts exactly once.
 
 A device may send the same update as often as it likes, also after the round has closed: the answer is the same. Nothing
-that is refused leaves a byte behind, and a refusal never costs a device its place.
+that is refused leaves a byte behind, and a refusal never costs a device its place. A calibrator's update goes the same way.
 """
 
 import logging
@@ -15,53 +15,40 @@ from sqlalchemy.orm import Session
 from coordinator.devices import get_device
 from coordinator.house import House
 from coordinator.incoming import Incoming
-from coordinator.rounds import advance, get_round, get_run
-from coordinator.tables import PlaceRow, RoundRow, RunRow, UpdateRow
+from coordinator.losses import MAX_EXAMPLES
+from coordinator.rounds import advance
+from coordinator.slots import MAX_DIFFERENCE, Address, Expected, find_slot
+from coordinator.tables import CalibrationRow, PlaceRow, UpdateRow
 from lamina.compression import Compression, decompress_stream
-from lamina.errors import HashMismatchError, RoundClosedError, TensorFileError, UpdateRejectedError
-from lamina.record import Record
+from lamina.errors import HashMismatchError, TensorFileError, UpdateRejectedError
 from lamina.segments import TensorSpec
-from lamina.tensors import decode_one_by_one, file_encoding, max_file_bytes
+from lamina.tensors import Encoding, decode_one_by_one, file_encoding, max_file_bytes
 from lamina.wire import Accepted, TrainReport
 
 log = logging.getLogger("lamina.coordinator")
 
-MAX_DIFFERENCE = 1e30
-"""No difference may be larger: sums of legal ones then stay finite in float32 for as many rounds as anyone can run."""
-
-
-class Address(Record):
-    """Which device sends, and for which round."""
-
-    device_id: str
-    run: str
-    stage: int
-    round: int
-
-    @property
-    def text(self) -> str:
-        return f"round {self.round} of stage {self.stage} of {self.run}"
-
 
 def expect_update(
     house: House, address: Address, digest: str, report: TrainReport, compression: Compression
-) -> Accepted | list[TensorSpec]:
-    """Before the body is read: the answer if this update is counted already, else the tensors that it must hold.
+) -> Accepted | Expected:
+    """Before the body is read: the answer if this update is counted already, else what it must hold.
 
     Raises UnknownNameError, RoundClosedError, and UpdateRejectedError, also for an encoding or a compression that the
     device was not asked for.
     """
     with house.database.write() as session:
-        run, row, place = _find(house, session, address, digest)
-        if place is None:
+        slot = find_slot(house, session, address, digest)
+        if slot is None:
             return _accepted(address, digest)
-        if report.upload_encoding not in ("fp32", place.upload_encoding):
+        if report.num_examples > MAX_EXAMPLES:
+            raise UpdateRejectedError(f"{report.num_examples} examples cannot be: at most {MAX_EXAMPLES} are counted")
+        if report.upload_encoding not in ("fp32", slot.place.upload_encoding):
             raise UpdateRejectedError(
-                f"an update in {report.upload_encoding} was not asked for: send {place.upload_encoding}, or fp32"
+                f"an update in {report.upload_encoding} was not asked for: send {slot.place.upload_encoding}, or fp32"
             )
-        if compression not in ("none", place.compression):
+        if compression not in ("none", slot.place.compression):
             raise UpdateRejectedError(f"an update compressed with {compression} was not asked for: send it as it is")
-        return house.manifest(run.manifest).exchange_specs(row.stage)
+        return slot.expected
 
 
 def accept_update(
@@ -70,7 +57,7 @@ def accept_update(
     incoming: Incoming,
     digest: str,
     report: TrainReport,
-    specs: list[TensorSpec],
+    expected: Expected,
     compression: Compression,
 ) -> Accepted:
     """After the body is read: decompress it, check it and count it. What is kept is the decompressed tensor file.
@@ -82,39 +69,33 @@ def accept_update(
         raise HashMismatchError(
             f"the body of {incoming.size_bytes} bytes has sha256 {incoming.sha256}, its header says {digest}; send it again"
         )
-    with _decompressed(house, incoming, compression, max_file_bytes(specs)) as body:
+    with _decompressed(house, incoming, compression, max_file_bytes(expected.specs)) as body:
         if (encoding := file_encoding(str(body.path))) != report.upload_encoding:
             raise TensorFileError(f"the file is encoded as {encoding}, but its report says {report.upload_encoding}")
-        content = check_content(str(body.path), specs)
+        content = check_content(str(body.path), expected.specs, expected.max_difference)
         body.seal()
         with house.database.write() as session:
-            run, row, place = _find(house, session, address, digest)
-            if place is not None:
-                device = get_device(session, address.device_id)
-                # The file first: a crash in between leaves a file that no row names, never a row without its file.
-                body.keep_as(house.update_file(row.id, device.id))
-                session.add(
-                    UpdateRow(
-                        round_id=row.id,
-                        device_id=device.id,
-                        body_sha256=digest,
-                        content_sha256=content,
-                        num_examples=report.num_examples,
-                        report=report.model_dump_json(),
-                        engine=device.engine,
-                        test_examples=device.test_examples,
-                        download_encoding=place.download_encoding,
-                        upload_encoding=encoding,
-                        upload_compression=compression,
+            slot = find_slot(house, session, address, digest)
+            if slot is not None:
+                if slot.expected != expected:
+                    raise UpdateRejectedError(
+                        f"this device took on other work in {address.text} while the update was on its way; check in again"
                     )
-                )
+                # The file first: a crash in between leaves a file that no row names, never a row without its file.
+                place = slot.place
+                if isinstance(place, CalibrationRow):
+                    body.keep_as(house.calibration_file(place.round_id))
+                    place.body_sha256, place.content_sha256, place.report = digest, content, report.model_dump_json()
+                else:
+                    body.keep_as(house.update_file(place.round_id, place.device_id))
+                    session.add(_update_row(session, place, digest, content, report, encoding, compression))
                 session.flush()
-                advance(house, session, run, house.clock())
+                advance(house, session, slot.run, house.clock())
     log.info("%s: update of %s accepted", address.text, address.device_id)
     return _accepted(address, digest)
 
 
-def check_content(path: str, specs: list[TensorSpec]) -> str:
+def check_content(path: str, specs: list[TensorSpec], max_difference: float = MAX_DIFFERENCE) -> str:
     """sha256 over the decoded values, the same for every encoding of them; one tensor is resident at a time.
 
     Raises TensorFileError.
@@ -122,8 +103,8 @@ def check_content(path: str, specs: list[TensorSpec]) -> str:
     content = sha256()
     for name, value in decode_one_by_one(path, specs):
         largest = float(np.abs(value).max(initial=0.0))
-        if largest > MAX_DIFFERENCE:
-            raise TensorFileError(f"tensor {name!r} holds {largest:g}, above {MAX_DIFFERENCE:g}: the training diverged")
+        if largest > max_difference:
+            raise TensorFileError(f"tensor {name!r} holds {largest:g}, above {max_difference:g}: the training diverged")
         content.update(name.encode() + b"\0")
         content.update(value.tobytes())
     return content.hexdigest()
@@ -141,29 +122,30 @@ def _decompressed(house: House, incoming: Incoming, compression: Compression, li
         yield body
 
 
-def _find(house: House, session: Session, address: Address, digest: str) -> tuple[RunRow, RoundRow, PlaceRow | None]:
-    """The round and the place that may count this update; no place if the same one is counted already."""
-    run = get_run(session, address.run)
-    row = get_round(house, session, run, address.stage, address.round)
-    counted = session.get(UpdateRow, (row.id, address.device_id))
-    if counted is not None:
-        if counted.body_sha256 != digest:
-            raise UpdateRejectedError(
-                f"{address.text} has counted another update of this device, sha256 {counted.body_sha256}; "
-                "a round counts one, check in for new work"
-            )
-        return run, row, None
-    advance(house, session, run, house.clock())
-    if row.phase != "training":
-        raise RoundClosedError(f"{address.text} takes no more updates; check in for new work")
-    place = session.get(PlaceRow, (row.id, address.device_id))
-    if place is None:
-        raise UpdateRejectedError(f"this device has no place in {address.text}; check in to get one")
-    if place.is_lost:
-        raise RoundClosedError(
-            f"the lease of this device in {address.text} was over and another one has its place; check in for new work"
-        )
-    return run, row, place
+def _update_row(
+    session: Session,
+    place: PlaceRow,
+    digest: str,
+    content: str,
+    report: TrainReport,
+    encoding: Encoding,
+    compression: Compression,
+) -> UpdateRow:
+    device = get_device(session, place.device_id)
+    return UpdateRow(
+        round_id=place.round_id,
+        device_id=device.id,
+        body_sha256=digest,
+        content_sha256=content,
+        num_examples=report.num_examples,
+        report=report.model_dump_json(),
+        engine=device.engine,
+        test_examples=device.test_examples,
+        download_encoding=place.download_encoding,
+        upload_encoding=encoding,
+        upload_compression=compression,
+        modalities=place.modalities,
+    )
 
 
 def _accepted(address: Address, digest: str) -> Accepted:

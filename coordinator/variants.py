@@ -12,7 +12,7 @@ from sqlalchemy import delete, select
 
 from coordinator.blobs import Blobs
 from coordinator.database import Database
-from coordinator.tables import RunRow, VariantRow, WeightRow
+from coordinator.tables import RunRow, TeacherRow, VariantRow, WeightRow
 from lamina.compression import Compression, compress
 from lamina.manifest import Manifest
 from lamina.segments import TensorSpec
@@ -70,7 +70,7 @@ class Variants:
             if not outdated:
                 return
             needed = {row.blob for row in rows if row.master in current} | {row.master for row in rows}
-            needed |= set(session.scalars(select(WeightRow.blob)).all())
+            needed |= set(session.scalars(select(WeightRow.blob)).all()) | set(session.scalars(select(TeacherRow.blob)).all())
             for digest in set(session.scalars(select(RunRow.manifest)).all()):
                 needed |= set(manifest_of(digest).blobs)
             # The files first: a row whose file is gone is made again, a file without a row would stay for ever.

@@ -3,10 +3,12 @@
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from coordinator.cohort import count_here
+from coordinator.evaluating import awaited_evaluations
 from coordinator.house import House
-from coordinator.rounds import awaited_evaluations, count_here, count_updates, current_round, places
-from coordinator.tables import EvaluationRow, RoundRow, RunRow, UpdateRow
-from lamina.plan import Cohort
+from coordinator.rounds import count_updates, current_round, places
+from coordinator.tables import CalibrationRow, DeviceRow, EvaluationRow, RoundRow, RunRow, UpdateRow
+from lamina.plan import Cohort, Plan
 
 
 def describe(house: House, session: Session, run: RunRow, now: float) -> str:
@@ -17,9 +19,10 @@ def describe(house: House, session: Session, run: RunRow, now: float) -> str:
     cohort = house.manifest(run.manifest).plan.cohort
     if row is None:
         here = count_here(house, session, run, now)
+        drawn = f"{cohort.size} of them are drawn and " if cohort.pool is not None else ""
         return (
             f"round {run.round} of stage {run.stage} waits for its cohort since {_seconds(now - run.since_unix_seconds)}: "
-            f"{here} of {cohort.size} devices are here; it starts when all are, without a time limit"
+            f"{here} of {cohort.present} devices are here; {drawn}it starts when all are, without a time limit"
         )
     return describe_round(house, session, run, row, now)
 
@@ -28,13 +31,14 @@ def describe_round(house: House, session: Session, run: RunRow, row: RoundRow, n
     """What a started round waits for; empty for a closed one."""
     name = f"round {row.round} of stage {row.stage}"
     open_for = _seconds(now - row.since_unix_seconds)
-    cohort = house.manifest(run.manifest).plan.cohort
+    plan = house.manifest(run.manifest).plan
+    cohort = plan.cohort
     if row.phase == "training":
         return f"{name} open for {open_for}: {_training(session, row, cohort, now)}"
     if row.phase == "aggregating":
-        trouble = house.trouble.get(row.id)
-        failed = f"; the last attempt failed and is repeated: {trouble}" if trouble else "; this takes seconds"
-        return f"{name} is being aggregated for {open_for}: {count_updates(session, row)} updates{failed}"
+        return f"{name} is being aggregated for {open_for}: {count_updates(session, row)} updates; {_attempt(house, row)}"
+    if row.phase == "calibrating":
+        return f"{name} {_calibrating(house, session, plan, row, now)}"
     if row.phase == "evaluating":
         asked = session.scalars(select(func.count()).where(EvaluationRow.round_id == row.id)).one()
         awaited = awaited_evaluations(house, session, run, row, now)
@@ -62,6 +66,26 @@ def _training(session: Session, row: RoundRow, cohort: Cohort, now: float) -> st
     else:
         parts.append(f"past its deadline, it closes with {cohort.min_updates} updates")
     return ", ".join(parts)
+
+
+def _attempt(house: House, row: RoundRow) -> str:
+    trouble = house.trouble.get(row.id)
+    return f"the last attempt failed and is repeated: {trouble}" if trouble else "this takes seconds"
+
+
+def _calibrating(house: House, session: Session, plan: Plan, row: RoundRow, now: float) -> str:
+    work = session.get(CalibrationRow, row.id)
+    open_for = _seconds(now - row.since_unix_seconds)
+    if work is not None and work.body_sha256 is not None:
+        return f"is being calibrated for {open_for}: the calibrator's update is applied; {_attempt(house, row)}"
+    left = f"without it, the round goes on in {_seconds(row.since_unix_seconds + plan.cohort.deadline_seconds - now)}"
+    if work is not None and work.lease_ends_unix_seconds > now:
+        name = session.get_one(DeviceRow, work.device_id).name
+        lease = _seconds(work.lease_ends_unix_seconds - now)
+        return f"is being calibrated for {open_for} by {name}, whose lease ends in {lease}; {left}"
+    data = plan.calibration.data if plan.calibration else None
+    command = f"start it with `lamina calibrate URL --data FILE` on its data ({data})"
+    return f"waits for the calibrator since {open_for}: {command}; {left}"
 
 
 def _seconds(value: float) -> str:

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,8 @@ _MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")  # as lamina.model.Name
 def limits_of(model: ModelDescription) -> dict[str, int]:
     """How many values each integer input may have: the classes of the label, the vocabulary of each text modality."""
     limits = {e.modality: e.input.vocabulary for e in model.encoders if e.input.kind == "text_tokens"}
-    if model.objective.kind == "supervised":
-        limits[LABEL] = model.objective.classes
+    if model.labels is not None:
+        limits[LABEL] = model.labels
     return limits
 
 
@@ -84,13 +84,18 @@ class LocalData:
     def examples(self, split: Split) -> int:
         return self.train_examples if split == "train" else self.test_examples
 
-    def check(self, model: ModelDescription) -> None:
-        """Reads everything that the model uses once. Raises DataError that names file, array, index and value."""
+    def check(self, model: ModelDescription, modalities: Collection[str] = ()) -> None:
+        """Reads everything that the model uses once, or what these modalities of it use.
+
+        Raises DataError that names file, array, index and value.
+        """
         limits = limits_of(model)
         for split in SPLITS:
             if not self.examples(split):
                 continue
             for encoder in model.encoders:
+                if modalities and encoder.modality not in modalities:
+                    continue
                 dtype = "int64" if encoder.input.kind == "text_tokens" else "float32"
                 self._check_array(split, encoder.modality, encoder.input.shape, dtype, limits)
             if LABEL in limits:

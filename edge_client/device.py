@@ -23,7 +23,8 @@ from edge_client.identity import IDENTITY_FILE, exclusive, load_or_enrol, read_e
 from edge_client.job import Heartbeat, Job
 from edge_client.memory import die_with_parent, peak_bytes
 from edge_client.outcome import FAILURES, JOB, PACKED, UPDATE, read_outcome
-from edge_client.prepare import Fetch, prepare_job
+from edge_client.prepare import prepare_job
+from edge_client.program_files import Fetch
 from edge_client.progress import Say, say
 from edge_client.resident import ResidentTrainer
 from edge_client.supervisor import OUTCOME, PARENT, WORK_STATUS
@@ -48,7 +49,7 @@ from lamina.files import write_durably
 from lamina.manifest import Manifest
 from lamina.names import EngineName
 from lamina.tensors import ENCODINGS, max_file_bytes
-from lamina.wire import MAX_JSON_BYTES, Assignment, CheckIn, Evaluation, Refused, TrainReport, Wait
+from lamina.wire import MAX_JSON_BYTES, Assignment, CheckIn, DeviceRole, Evaluation, Refused, TrainReport, Wait
 
 _CHECKED, _BYTES = "checked.json", "bytes.json"
 _MOST_FAILURES = 5
@@ -59,6 +60,7 @@ _FIRST_PAUSE_SECONDS = 1.0
 class Options:
     """What `lamina join` was told. `has_worked`: a job was done since the command began. `trust`: public keys as text.
 
+    `role` is `calibrator` for `lamina calibrate`: the same client, with data of the server's own, and other work.
     `is_resident` keeps this process and a training process between jobs, instead of one at a time.
     """
 
@@ -75,6 +77,7 @@ class Options:
     trust: Sequence[str] = ()
     allow_unsigned: bool = False
     has_worked: bool = False
+    role: DeviceRole = "device"
 
 
 def join(
@@ -106,10 +109,8 @@ class Device:
         identity = load_or_enrol(self._state, options.name, transport, enrolment_token)
         transport.token = identity.device_token
         if not options.has_worked:
-            self._say(
-                f"device {options.name}: {self._data.train_examples} training and {self._data.test_examples} test examples, "
-                f"engine {options.engine}"
-            )
+            counts = f"{self._data.train_examples} training and {self._data.test_examples} test examples"
+            self._say(f"{options.role} {options.name}: {counts}, engine {options.engine}")
         self._has_worked = options.has_worked
         self._blobs = BlobCache(self._state / "blobs", transport, say)
         self._manifest: tuple[str, Manifest] | None = None
@@ -150,7 +151,10 @@ class Device:
             return job
 
     def _prepare(self, work: Assignment) -> Job:
+        if (work.phase == "calibrate") != (self._options.role == "calibrator"):
+            raise ProtocolError(f"the coordinator gave a {self._options.role} work of phase {work.phase!r}; update it")
         manifest = self._load_manifest(work.manifest)
+        self._check_data(manifest, work)
         fetch = self._fetcher(manifest, work)
         job = prepare_job(
             work,
@@ -164,7 +168,8 @@ class Device:
             self._transport.url,
             self._options.disk_bytes,
         )
-        self._blobs.keep_only({work.manifest, *work.weights.values(), *_programs_of(manifest, self._options.engine)})
+        blobs = {work.manifest, *work.weights.values(), *work.teacher_weights.values()}
+        self._blobs.keep_only(blobs | _programs_of(manifest, self._options.engine))
         (self._work / OUTCOME).unlink(missing_ok=True)
         write_durably(self._work / JOB, job.to_json())
         self._remember_bytes()
@@ -276,6 +281,7 @@ class Device:
             encodings=ENCODINGS,
             compressions=available_compressions(),
             run=self._options.run,
+            role=self._options.role,
         )
 
     def _check_in(self) -> Assignment | Wait | Refused:
@@ -288,21 +294,24 @@ class Device:
             ) from error
 
     def _load_manifest(self, digest: str) -> Manifest:
-        """The run's manifest, if it is signed as it must be; with a new one, the data is checked against its model."""
+        """The run's manifest, if it is signed as it must be."""
         if self._manifest is None or self._manifest[0] != digest:
             self._verifier.check(digest, self._transport.signature)
-            manifest = Manifest.from_file(self._blobs.get(digest, MAX_JSON_BYTES))
-            note, pair = self._work / _CHECKED, json.dumps([digest, self._data.fingerprint]).encode()
-            if not note.is_file() or note.read_bytes() != pair:
-                self._data.check(manifest.plan.model)
-                write_durably(note, pair)
-            self._manifest = (digest, manifest)
+            self._manifest = (digest, Manifest.from_file(self._blobs.get(digest, MAX_JSON_BYTES)))
         return self._manifest[1]
+
+    def _check_data(self, manifest: Manifest, work: Assignment) -> None:
+        """Data that was not checked yet against this model, or this part of it, is checked now."""
+        note = self._work / _CHECKED
+        facts = json.dumps([work.manifest, self._data.fingerprint, *work.modalities]).encode()
+        if not note.is_file() or note.read_bytes() != facts:
+            self._data.check(manifest.plan.model, work.modalities)
+            write_durably(note, facts)
 
     def _fetcher(self, manifest: Manifest, work: Assignment) -> Fetch:
         """Fetches the blobs of an assignment, none of them larger than it can be."""
         most: dict[str, int] = dict(manifest.blobs)
-        for name, digest in work.weights.items():
+        for name, digest in (*work.weights.items(), *work.teacher_weights.items()):
             most.setdefault(digest, max_file_bytes(manifest.segment(name).tensors))
         packed = {work.weights[name]: digest for name, digest in work.compressed_weights.items()}
 

@@ -40,6 +40,7 @@ class FeatureCache:
         self._folder, self._engine, self._encoding, self._say = folder, engine, encoding, say
         folder.mkdir(parents=True, exist_ok=True)
         self._verified = _Verified(folder / VERIFIED)
+        self._prefixes: dict[tuple[FrozenStep, ...], _Prefix] = {}
 
     def rows(
         self, plan: FeaturePlan, view: int, stored_examples: int, on_chunk: Callable[[], None] = lambda: None
@@ -63,7 +64,8 @@ class FeatureCache:
                 done += 1
         if stored is not None and len(stored) == len(raw):
             return stored
-        return PartlyStored(stored, raw, _Prefix(self._engine, plan))
+        # The views of a modality share one: program and weights would else be in memory once for each of them.
+        return PartlyStored(stored, raw, self._prefixes.setdefault(plan.steps, _Prefix(self._engine, plan)))
 
     def keep_only(self, keys: Iterable[Sequence[str]]) -> None:
         """Deletes all but the deepest file of each of these chains of keys."""

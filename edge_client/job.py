@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lamina.compression import Compression
-from lamina.names import EngineName, Precision, Role
+from lamina.names import EngineName, Precision, Reference, Role
 from lamina.tensors import Encoding
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
+ObjectiveKind = Literal["supervised", "contrastive", "self_supervised"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,17 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class ReferenceFile:
+    """Copies of some of a program's weights, from another time, that it takes after them (`lamina.names.Reference`).
+
+    `tensors` are places in `ProgramFile.weights`.
+    """
+
+    kind: Reference
+    tensors: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class ProgramFile:
     """A program and where it lies (`lamina.manifest.Program`)."""
 
@@ -40,6 +52,7 @@ class ProgramFile:
     inputs: tuple[Tensor, ...]
     max_batch: int
     precision: Precision = "fp32"
+    references: tuple[ReferenceFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,7 @@ class Augmentation:
 class FeaturePlan:
     """One modality's way to the active segments: its rows, the frozen steps, and the cache key after each of them.
 
-    `keys` has one list for each view.
+    With depth dropout, the steps are those that this device draws in this round. `keys` has one list for each view.
     """
 
     modality: str
@@ -110,16 +123,20 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Job:
-    """One phase of one round."""
+    """One phase of one round.
 
-    phase: Literal["train", "evaluate"]
+    `active` are the segments that it trains or evaluates: those of the device's modalities, or, to calibrate, all that are
+    attached so far. `rate_scales` has the factor of the learning rate of each of them; empty: 1 for all.
+    """
+
+    phase: Literal["train", "evaluate", "calibrate"]
     run: str
     stage: int
     round: int
     device: str
     engine: EngineName
     seed: int
-    objective: Literal["supervised", "contrastive"]
+    objective: ObjectiveKind
     limits: dict[str, int]
     batch_size: int
     micro_batch: int
@@ -141,6 +158,19 @@ class Job:
     examples: int
     work_folder: str
     heartbeat: Heartbeat | None = field(default=None)
+    rate_scales: tuple[float, ...] = ()
+    proximal: float = 0.0
+    momentum: float = 0.0
+    """Of the moving average, where a program takes a `momentum` reference."""
+    keep_optimizer: bool = False
+    kept_folder: str = ""
+    """What the device keeps from one round of a stage to the next (`edge_client.kept`); empty: nothing."""
+    teacher: tuple[SegmentFile, ...] = ()
+    """The segments that `teacher` references are taken from."""
+
+    @property
+    def trains(self) -> bool:
+        return self.phase != "evaluate"
 
     @property
     def where(self) -> str:
@@ -163,6 +193,8 @@ def _job(value: dict[str, Any]) -> Job:
         keep_keys=tuple(tuple(keys) for keys in value.pop("keep_keys")),
         heartbeat=Heartbeat(**heartbeat) if heartbeat else None,
         label=_rows(label) if label else None,
+        rate_scales=tuple(value.pop("rate_scales")),
+        teacher=tuple(_segment(segment) for segment in value.pop("teacher")),
         **value,
     )
 
@@ -173,7 +205,8 @@ def _tensors(values: list[dict[str, Any]]) -> tuple[Tensor, ...]:
 
 def _program(value: dict[str, Any]) -> ProgramFile:
     shapes = tuple(tuple(shape) for shape in value.pop("weights"))
-    return ProgramFile(weights=shapes, inputs=_tensors(value.pop("inputs")), **value)
+    references = tuple(ReferenceFile(each["kind"], tuple(each["tensors"])) for each in value.pop("references"))
+    return ProgramFile(weights=shapes, inputs=_tensors(value.pop("inputs")), references=references, **value)
 
 
 def _segment(value: dict[str, Any]) -> SegmentFile:

@@ -8,6 +8,9 @@ A batch goes through the programs in micro-batches, read one at a time, and the 
     supervised    the loss is a mean over samples, so the gradients of the pieces are added by their share of the batch
     contrastive   the loss joins all samples: embed every piece, differentiate the loss of the batch with respect to the
                   embeddings, send each piece's part of that back through the piece (cached gradients, arXiv 2101.06983)
+
+References, copies of some tensors from another time, are held only as far as a program asks for them
+(`edge_client.references`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,22 +21,23 @@ from edge_client.checks import check_inputs, is_finite
 from edge_client.engines.base import Array, LoadedProgram
 from edge_client.job import ProgramFile, SegmentFile
 from edge_client.memory import give_back_free_memory
+from edge_client.references import PIECE, Copy, make_copies
 from edge_client.rows import Indices
 from lamina.errors import EngineError, NonFiniteError
-from lamina.names import Role
+from lamina.names import LABEL, Role
 from lamina.tensors import Float32, decode_one_by_one
 
 Read = Callable[[Indices], Mapping[str, Array]]
 """The batch inputs of some examples, by name."""
 OpenProgram = Callable[[ProgramFile], LoadedProgram]
-_PIECE = 1 << 15
 
 
 class StageModel:
     """`parameters` and `gradient` are float32 vectors of the stage's exchange order.
 
     `programs` are those of one phase: train (or embed, loss, backward), or eval (or embed, loss). Each is loaded when it is
-    first needed and stays until `close`.
+    first needed and stays until `close`. `teacher` are the files of `teacher` references. With `keep_start`, the weights as
+    they were loaded stay beside the parameters, for `add_proximal`.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class StageModel:
         limits: Mapping[str, int],
         micro_batch: int,
         open_program: OpenProgram,
+        teacher: Sequence[SegmentFile] = (),
+        keep_start: bool = False,
     ) -> None:
         self._where, self._segments, self._programs, self._limits = where, segments, programs, dict(limits)
         self._micro_batch, self._open_program = micro_batch, open_program
@@ -53,15 +59,45 @@ class StageModel:
         self.parameters: Float32 = np.zeros(count, np.float32)
         self.gradient: Float32 = np.zeros(count if "train" in programs or "backward" in programs else 0, np.float32)
         self._weights = _views(self.parameters, self._shapes)
+        self._teacher = teacher
+        self._copies = make_copies(self.parameters, self._shapes, programs, keep_start)
+        self._given = {role: self._before_the_batch(program) for role, program in programs.items()}
         self._open: dict[Role, LoadedProgram] = {}
         for role, program in programs.items():
             if program.weights != (() if role == "loss" else self._shapes):
                 raise EngineError(f"the {role} program takes other weights than {where} exchanges")
 
     def load_weights(self) -> None:
-        """Fills the parameters from each active segment's file, one tensor resident at a time."""
+        """Fills the parameters from each active segment's file, one tensor resident at a time; and the references.
+
+        `momentum`, `start` and `previous` begin as copies of the parameters. Raises EngineError if a teacher lacks a tensor.
+        """
         for view, value in self._stored():
             view[...] = value
+        for kind, copy in self._copies.items():
+            if kind == "teacher":
+                self._load_teacher(copy)
+            else:
+                copy.take()
+
+    @property
+    def previous(self) -> Copy | None:
+        """The reference to the model that the device ended its last round with; None if no program asks for it."""
+        return self._copies.get("previous")
+
+    def follow(self, momentum: float) -> None:
+        """After a step: copy = momentum * copy + (1 - momentum) * parameters, of a `momentum` reference if there is one."""
+        if "momentum" in self._copies:
+            self._copies["momentum"].follow(momentum)
+
+    def add_proximal(self, weight: float) -> None:
+        """gradient += weight * (parameters - start): that of weight / 2 |parameters - start|^2. Needs `keep_start`."""
+        start = self._copies["start"].values
+        for at in range(0, self.gradient.size, PIECE):
+            piece = slice(at, at + PIECE)
+            away = self.parameters[piece] - start[piece]
+            away *= np.float32(weight)
+            self.gradient[piece] += away
 
     def subtract_weights(self) -> None:
         """Turns the parameters into their difference from the files, so that no copy of the start is ever held."""
@@ -88,7 +124,7 @@ class StageModel:
     def evaluate(self, read: Read, indices: Indices) -> tuple[float, int]:
         """Mean loss of these examples and how many were correct; the same checks as `gradients`."""
         if "eval" not in self._programs:
-            loss, correct, _ = self._loss_of(self._embeddings(read, indices))
+            loss, correct, _ = self._loss_of(read, indices)
             return loss, correct
         total, right = 0.0, 0
         for piece in self._pieces(indices):
@@ -119,7 +155,7 @@ class StageModel:
         return total, right
 
     def _contrastive(self, read: Read, indices: Indices) -> tuple[float, int]:
-        loss, correct, cotangents = self._loss_of(self._embeddings(read, indices))
+        loss, correct, cotangents = self._loss_of(read, indices)
         names = [spec.name for spec in self._programs["backward"].inputs[-len(cotangents) :]]
         first = 0
         for piece in self._pieces(indices):
@@ -129,16 +165,21 @@ class StageModel:
             first += len(piece)
         return loss, correct
 
-    def _embeddings(self, read: Read, indices: Indices) -> list[Array]:
-        """One array (examples, output) for each modality."""
-        pieces: list[list[Array]] = []
-        for piece in self._pieces(indices):
-            pieces.append([embedding.copy() for embedding in self._run("embed", read(piece), None)])  # noqa: PERF401
-        return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
-
-    def _loss_of(self, embeddings: list[Array]) -> tuple[float, int, list[Array]]:
+    def _loss_of(self, read: Read, indices: Indices) -> tuple[float, int, list[Array]]:
+        """Loss of the batch, how many were correct, and the gradient of the loss for the embeddings of each modality."""
         names = [spec.name for spec in self._programs["loss"].inputs]
-        outputs = self._run("loss", dict(zip(names, embeddings, strict=True)), 2 + len(embeddings), with_weights=False)
+        modalities = [name for name in names if name != LABEL]
+        pieces: list[list[Array]] = []
+        labels: list[Array] = []
+        for piece in self._pieces(indices):
+            batch = read(piece)
+            pieces.append([embedding.copy() for embedding in self._run("embed", batch, len(modalities))])
+            if LABEL in names:
+                labels.append(batch[LABEL])
+        whole = dict(zip(modalities, (np.concatenate(parts) for parts in zip(*pieces, strict=True)), strict=True))
+        if labels:
+            whole[LABEL] = np.concatenate(labels)
+        outputs = self._run("loss", whole, 2 + len(modalities))
         return self._finite(outputs[0]), int(outputs[1]), outputs[2:]
 
     def _pieces(self, indices: Indices) -> Iterator[Indices]:
@@ -149,13 +190,13 @@ class StageModel:
         start, factor = 0, np.float32(share)
         for gradient in gradients:
             flat = gradient.reshape(-1)
-            for at in range(0, flat.size, _PIECE):
-                part = flat[at : at + _PIECE]
+            for at in range(0, flat.size, PIECE):
+                part = flat[at : at + PIECE]
                 target = self.gradient[start + at : start + at + part.size]
                 target += part if share == 1.0 else part * factor
             start += flat.size
 
-    def _run(self, role: Role, batch: Mapping[str, Array], outputs: int | None, with_weights: bool = True) -> list[Array]:
+    def _run(self, role: Role, batch: Mapping[str, Array], outputs: int) -> list[Array]:
         program = self._programs[role]
         lacking = [spec.name for spec in program.inputs if spec.name not in batch]
         if lacking:
@@ -164,8 +205,8 @@ class StageModel:
         check_inputs(program, inputs, self._limits)
         if role not in self._open:
             self._open[role] = self._open_program(program)
-        given = self._open[role].run([*self._weights, *inputs] if with_weights else inputs)
-        if outputs is not None and len(given) != outputs:
+        given = self._open[role].run([*self._given[role], *inputs])
+        if len(given) != outputs:
             raise EngineError(f"the {role} program gave {len(given)} outputs instead of {outputs}")
         return given
 
@@ -177,6 +218,23 @@ class StageModel:
                 f"lower the learning rate of the stage, or look for extreme values in the data"
             )
         return value
+
+    def _before_the_batch(self, program: ProgramFile) -> list[Array]:
+        """What a program takes before its batch: the weights, then the tensors of each reference. The loss takes neither."""
+        if program.role == "loss":
+            return []
+        references = [self._copies[each.kind].arrays(each.tensors) for each in program.references]
+        return [*self._weights, *(array for arrays in references for array in arrays)]
+
+    def _load_teacher(self, copy: Copy) -> None:
+        wanted = {name: view for place, name in enumerate(self._names) if (view := copy.get(place)) is not None}
+        for segment in self._teacher:
+            for name, value in decode_one_by_one(segment.path, segment.tensors):
+                view = wanted.pop(f"{segment.name}/{name}", None)
+                if view is not None:
+                    view[...] = value
+        if wanted:
+            raise EngineError(f"{self._where}: a program asks for {min(wanted)} of the stage before, which is not here")
 
     def _stored(self) -> Iterator[tuple[Float32, Float32]]:
         """(view of the parameters, stored value) of each tensor."""

@@ -1,7 +1,10 @@
-"""One round on one device: local epochs of seeded batches, with a fresh optimiser; and the evaluation of a model.
+"""One round on one device: local epochs of seeded batches; and the evaluation of a model.
 
 The order of the examples depends on the plan's seed, the stage, the round and the device's name, and on nothing else: a
 device that was killed in the middle of a round trains the same round again, to the same bits.
+
+A self-supervised batch has two views of the same examples: epoch e of the stage takes the views 2e and 2e + 1, others view e,
+each modulo the number of views.
 """
 
 import time
@@ -12,11 +15,12 @@ from random import Random
 import numpy as np
 
 from edge_client.job import Job
-from edge_client.optimizers import make_optimizer
+from edge_client.optimizers import Optimizer, make_optimizer
 from edge_client.progress import Progress, Say
 from edge_client.rows import RowSource
 from edge_client.stage_model import Read, StageModel
 from lamina.errors import DataError
+from lamina.names import second_view
 
 Inputs = Mapping[str, RowSource]
 """Rows by input name: a modality's raw data or cached features, and the label."""
@@ -45,27 +49,47 @@ def train_round(
     say: Say,
     on_batch: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
+    optimizer: Optimizer | None = None,
 ) -> Trained:
     """Trains the model's parameters in place. Raises DataError if the device has too few examples for one batch.
 
-    `views` are the versions of the inputs; the epochs of the stage take them in turn.
+    `views` are the versions of the inputs; the epochs of the stage take them in turn. Without an `optimizer`, a fresh one.
     """
     started = clock()
-    optimizer = make_optimizer(job.optimizer, model.parameters.size, job.learning_rate)
+    optimizer = optimizer or fresh_optimizer(job, model.parameters.size)
     order = shuffler(job)
     progress = Progress(say, f"{job.where}, examples", job.examples * job.local_epochs)
     total, seen = 0.0, 0
     for epoch in range(job.local_epochs):
-        read = reader(views[(job.round * job.local_epochs + epoch) % len(views)])
+        read = reader(epoch_inputs(views, job, job.round * job.local_epochs + epoch))
         for indices in batches(shuffled(job.examples, order), job):
             loss, _ = model.gradients(read, indices)
+            if job.proximal:
+                model.add_proximal(job.proximal)
             optimizer.step(model.parameters, model.gradient)
+            model.follow(job.momentum)
             total, seen = total + loss * len(indices), seen + len(indices)
             progress.at(seen)
             on_batch()
     if not seen:
-        raise DataError(f"{job.examples} training example is too few: the contrastive objective needs at least 2")
+        kind = job.objective.replace("_", "-")
+        raise DataError(f"{job.examples} training example is too few: the {kind} objective needs at least 2")
     return Trained(job.examples, total / seen, clock() - started)
+
+
+def fresh_optimizer(job: Job, count: int) -> Optimizer:
+    """One for the job's active segments, `count` parameters in all, each segment with its own learning rate."""
+    sizes = [sum(tensor.count for tensor in segment.tensors) for segment in job.active]
+    groups = list(zip(sizes, job.rate_scales, strict=True)) if job.rate_scales else ()
+    return make_optimizer(job.optimizer, count, job.learning_rate, groups)
+
+
+def epoch_inputs(views: Sequence[Inputs], job: Job, epoch: int) -> Inputs:
+    """The inputs of an epoch of the stage, counted from 0 over all its rounds."""
+    if job.objective != "self_supervised":
+        return views[epoch % len(views)]
+    first, second = views[2 * epoch % len(views)], views[(2 * epoch + 1) % len(views)]
+    return {**first, **{second_view(name): rows for name, rows in second.items()}}
 
 
 def evaluate(model: StageModel, inputs: Inputs, job: Job, say: Say, on_batch: Callable[[], None] = lambda: None) -> Evaluated:
@@ -86,8 +110,9 @@ def reader(inputs: Inputs) -> Read:
 
 
 def batches(order: Sequence[int], job: Job) -> Iterator[Sequence[int]]:
-    """Pieces of the batch size, the last one shorter; a contrastive batch of 1 has nothing to tell apart and is left out."""
-    smallest = 2 if job.objective == "contrastive" else 1
+    """Pieces of the batch size, the last one shorter. Where the loss compares samples, a batch of 1 has nothing to compare
+    and is left out."""
+    smallest = 1 if job.objective == "supervised" else 2
     for start in range(0, len(order), job.batch_size):
         piece = order[start : start + job.batch_size]
         if len(piece) >= smallest:

@@ -21,8 +21,9 @@ from edge_client.outcome import JOB, UPDATE, write_outcome
 from edge_client.progress import Say, say
 from edge_client.rows import RowFile, RowSource
 from edge_client.stage_model import StageModel
-from edge_client.train import Evaluated, Inputs, Trained, evaluate, shuffler, train_round
+from edge_client.train import Evaluated, Inputs, Trained, epoch_inputs, evaluate, fresh_optimizer, shuffler, train_round
 from lamina.errors import LaminaError, shown
+from lamina.names import LABEL
 from lamina.tensors import encode
 
 
@@ -63,7 +64,7 @@ def features(job: Job, engine: Engine, say: Say, lease: Lease) -> list[Inputs]:
             if job.examples
         }
         if label is not None:
-            inputs["label"] = RowFile(Path(label.path), label.offset, label.source, label.identity)
+            inputs[LABEL] = RowFile(Path(label.path), label.offset, label.source, label.identity)
         views.append(inputs)
     cache.keep_only(job.keep_keys)
     return views
@@ -73,15 +74,41 @@ def stage_model(job: Job, engine: Engine) -> StageModel:
     def open_program(program: ProgramFile) -> LoadedProgram:
         return engine.load(Path(program.path), program)
 
-    model = StageModel(job.where, job.active, job.programs, job.limits, job.micro_batch, open_program)
+    model = StageModel(
+        job.where,
+        job.active,
+        job.programs,
+        job.limits,
+        job.micro_batch,
+        open_program,
+        teacher=job.teacher,
+        keep_start=job.trains and job.proximal > 0,
+    )
     model.load_weights()
     return model
 
 
 def work(model: StageModel, views: list[Inputs], job: Job, say: Say, lease: Lease) -> Trained | Evaluated:
-    if job.phase == "train":
-        return train_round(model, views, job, say, lease.keep)
-    return evaluate(model, views[0], job, say, lease.keep)
+    """Trains, and leaves the state that the device keeps for its next round of the stage; or evaluates."""
+    if not job.trains:
+        return evaluate(model, epoch_inputs(views, job, 0), job, say, lease.keep)
+    optimizer = fresh_optimizer(job, model.parameters.size)
+    moments = {name: [vector] for name, vector in optimizer.moments().items()} if job.keep_optimizer else {}
+    previous = model.previous
+    keeps = bool(job.kept_folder and (moments or previous is not None))
+    if not keeps and not (job.kept_folder and Path(job.kept_folder).is_dir()):
+        return train_round(model, views, job, say, lease.keep, optimizer=optimizer)
+    from edge_client.kept import KeptState  # here, because most plans keep nothing
+
+    kept = KeptState(job, keeps, say)
+    if keeps:
+        found = kept.load(moments if previous is None else {**moments, "previous": [previous.values]})
+        if found is not None and moments:
+            optimizer.steps = found
+    result = train_round(model, views, job, say, lease.keep, optimizer=optimizer)
+    if keeps:
+        kept.save(moments if previous is None else {**moments, "previous": previous.originals()}, optimizer.steps)
+    return result
 
 
 def update_file(model: StageModel, job: Job) -> bytes:

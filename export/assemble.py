@@ -1,11 +1,13 @@
-"""Assembling: final weights -> a plain model to deploy, from raw inputs to logits or embeddings, for three runtimes.
+"""Assembling: final weights -> a plain model to deploy, from raw inputs to logits, embeddings or features, for three runtimes.
 
     model.safetensors, model.pt    the state dict of the PyTorch model (`export.models.MultimodalModel`, or the user's)
     model.onnx                     weights inside, any batch size
     model.pte                      weights inside, batch 1..batch_size of the plan
     model.json                     the description of the model: what `export.models.build_model` takes
 
-The three are run on the same inputs before the function returns.
+A supervised model gives logits, a contrastive one normalised embeddings, a self-supervised one the pooled features (batch,
+width) before its heads, which are for training alone: the state dict still has them, the two programs do not. The three are run
+on the same inputs before the function returns.
 """
 
 import warnings
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from export.cut import example_inputs, find_pools, find_segments, raw_input
+from export.fusions import classify
 from export.lower_onnx import OPSET, serialize
 from export.models import build_model
 from export.objectives import l2_normalise
@@ -31,7 +34,7 @@ from export.trace import allow_batches, traced_batch
 from lamina.errors import ConfigError, ParityError, TensorFileError
 from lamina.files import write_durably
 from lamina.manifest import Manifest
-from lamina.model import ModelDescription, Supervised
+from lamina.model import ModelDescription, SelfSupervised, Supervised
 from lamina.plan import Plan
 from lamina.segments import HEAD, layer, norm, projection, stem
 from lamina.tensors import Float32
@@ -45,8 +48,8 @@ TOLERANCE = 1e-4  # between runtimes, over the whole depth of the model
 class AssembledModel:
     """Where the files are, and what they gave for the inputs that they were compared on.
 
-    `outputs` has (logits,) or the embeddings by "torch", "onnx" and "executorch"; `max_difference` is the largest difference
-    of any output between PyTorch and one of the other two.
+    `outputs` has (logits,), the embeddings or the features by "torch", "onnx" and "executorch"; `max_difference` is the largest
+    difference of any output between PyTorch and one of the other two.
     """
 
     description: ModelDescription
@@ -120,20 +123,23 @@ def attached_model(plan: Plan) -> ModelDescription:
 
 
 class _Network(nn.Module):
-    """Raw inputs -> (logits,) or one normalised embedding for each modality, for any model that can be cut."""
+    """Raw inputs -> (logits,), or one normalised embedding or pooled features for each modality, for any model that can be
+    cut."""
 
     def __init__(self, model: nn.Module, description: ModelDescription) -> None:
         super().__init__()
-        self.segments = nn.ModuleList(find_segments(model, description).values())
+        found = find_segments(model, description)
+        self.has_projections = not isinstance(description.objective, SelfSupervised)
+        used = {
+            m: [stem(m), *(layer(m, i) for i in range(description.encoder(m).layers)), norm(m)] for m in description.modalities
+        }
+        names = [name for chain in used.values() for name in chain]
+        names += [projection(m) for m in description.modalities] * self.has_projections
+        names += [HEAD] * (HEAD in found)
+        position = {name: index for index, name in enumerate(names)}
+        self.segments = nn.ModuleList(found[name] for name in names)
         self.pools = nn.ModuleList(find_pools(model, description).values())
-        position = {name: index for index, name in enumerate(find_segments(model, description))}
-        self.routes = [
-            (
-                [position[stem(m)], *(position[layer(m, i)] for i in range(description.encoder(m).layers)), position[norm(m)]],
-                position[projection(m)],
-            )
-            for m in description.modalities
-        ]
+        self.routes = [([position[name] for name in used[m]], position.get(projection(m))) for m in description.modalities]
         self.head = position.get(HEAD)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -141,16 +147,18 @@ class _Network(nn.Module):
         for x, pool, (chain, projection_at) in zip(inputs, self.pools, self.routes, strict=True):
             for index in chain:
                 x = self.segments[index](x)
-            embeddings.append(self.segments[projection_at](pool(x)))
+            x = pool(x)
+            embeddings.append(x if projection_at is None else self.segments[projection_at](x))
         if self.head is not None:
-            return (self.segments[self.head](torch.cat(embeddings, dim=-1)),)
-        return tuple(l2_normalise(z) for z in embeddings)
+            return (classify(self.segments[self.head], embeddings),)
+        return tuple(l2_normalise(z) for z in embeddings) if self.has_projections else tuple(embeddings)
 
 
 def output_names(description: ModelDescription) -> list[str]:
     if isinstance(description.objective, Supervised):
         return ["logits"]
-    return [f"{modality}_embedding" for modality in description.modalities]
+    what = "features" if isinstance(description.objective, SelfSupervised) else "embedding"
+    return [f"{modality}_{what}" for modality in description.modalities]
 
 
 def _with_layers(model: nn.Module, description: ModelDescription) -> nn.Module:

@@ -17,20 +17,23 @@ import numpy as np
 from torch import Tensor, nn
 
 from export.cache import ProgramCache, default_cache
-from export.cost import TRAINING_FACTOR, embedding_bytes, forward_macs, planned_bytes
+from export.cost import TRAINING_FACTOR, counted_views, embedding_bytes, forward_macs, held_values, planned_bytes
 from export.cut import StageCut, cut_stage, describe_segment, example_inputs, find_pools, find_segments, segment_input
-from export.models import build_model
+from export.models import build_model, zero_late_layers
+from export.notes import notes_of
 from export.prefix_errors import RANDOM_INPUTS, measure_prefix, random_sample, read_sample
-from export.programs import Keys, ProgramSet, needs_embeddings
+from export.programs import Keys, ProgramSet, needs_embeddings, stage_terms
 from export.proofs import by_modality, prove_model
 from export.report import plan_examples
+from export.stage_module import Terms, reference_sizes
 from export.worker import lowering_pool
 from lamina import __version__
 from lamina.bundle import BLOBS, MANIFEST, SIGNATURE, blob_path, hash_file, sign_bundle
 from lamina.errors import ConfigError, ExportError
 from lamina.files import write_durably
 from lamina.keys import SigningKey, own_key
-from lamina.manifest import ENGINES, EngineName, Manifest, Rewrite, StageCost, StagePrograms
+from lamina.manifest import ENGINES, EngineName, Manifest, PartialStage, Rewrite, StageCost, StagePrograms
+from lamina.model import SelfSupervised
 from lamina.plan import Plan, Stage
 from lamina.segments import TensorSpec
 from lamina.tensors import Encoding, encode, hash_bytes
@@ -58,12 +61,17 @@ def export_bundle(
     notes: Sequence[str] = (),
     rewrites: Sequence[Rewrite] = (),
 ) -> Manifest:
-    """Writes `manifest.json` and `blobs/` into the folder, and returns the manifest.
+    """Writes `blobs/`, `manifest.json` and `manifest.sig` into the folder, and returns the manifest.
+
+    `manifest.sig` is the exporter's signature of the manifest (`lamina.signing`), made with this machine's own key, which the
+    first export makes (`lamina.keys`); devices run no program of a bundle that no key they trust has signed.
 
     `model` has the weights to start from and the shape described in `export.cut`; without it, the model of the plan is built
-    (`export.models`). `notes` and `rewrites` are written into the manifest. `on_progress(phase, done, total)` is called with
-    the phases `trace` and `lower`. At most `workers` processes lower at the same time (default: one per core). `cache` holds
-    lowered programs (default: `$LAMINA_CACHE` or `~/.cache/lamina/programs`).
+    (`export.models`). With `zero_init`, layers that are attached later start as the identity, whatever weights they have.
+    `notes`, with some of the export's own (`export.notes`), and `rewrites` are written into the manifest.
+    `on_progress(phase, done, total)` is called with the phases `trace` and `lower`. At most `workers` processes lower at the
+    same time (default: one per core). `cache` holds lowered programs (default: `$LAMINA_CACHE` or
+    `~/.cache/lamina/programs`).
 
     The error of an int8 prefix is measured on the first 64 training examples of `sample`, an .npz as devices have it, or else
     on random inputs; and on the weights of this bundle, that is before training. It tells whether a model bears int8 at all;
@@ -80,6 +88,7 @@ def export_bundle(
     model = build_model(plan.model, plan.seed) if model is None else deepcopy(model)
     model.eval()
     segments = find_segments(model, plan.model)
+    zeroed = zero_late_layers(segments, plan)
     weights = {
         name: encode({key: value.detach().numpy() for key, value in module.named_parameters()})
         for name, module in segments.items()
@@ -89,8 +98,7 @@ def export_bundle(
     signer = own_key()  # before the long work: what would keep it from being signed is known now
 
     pools = find_pools(model, plan.model)
-    split = needs_embeddings(plan)
-    cuts = [cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=split) for stage in plan.stages]
+    cuts = [_cuts(plan, stage, segments, pools) for stage in plan.stages]
     chosen: list[_StageKeys] = []
     frozen: dict[EngineName, dict[str, str]] = {engine: {} for engine in engines}
     loss: Keys = {}
@@ -99,7 +107,7 @@ def export_bundle(
         programs = ProgramSet(plan, versions, ProgramCache(cache or default_cache()), start)
         on_progress("trace", 0, steps)
         for stage, cut in zip(plan.stages, cuts, strict=True):
-            chosen.append(_StageKeys(*programs.add_stage(stage, cut)))
+            chosen.append(_add_programs(programs, stage, cut))
             on_progress("trace", stage.index + 1, steps)
         for done, name in enumerate(_frozen_segments(plan), start=len(plan.stages) + 1):
             for engine, key in programs.add_frozen(name, segments[name]).items():
@@ -122,16 +130,26 @@ def export_bundle(
     for stage, cut, keys in zip(plan.stages, cuts, chosen, strict=True):
         new: dict[EngineName, int] = {}
         for engine in engines:
-            used = {keys.train[engine], keys.eval[engine], *(frozen[engine][name] for name in stage.frozen)}
+            used = {keys.whole.train[engine], keys.whole.eval[engine], *(frozen[engine][name] for name in stage.frozen)}
             used |= {loss[engine]} if loss else set()
             new[engine] = sum(len(lowered[key].data) for key in used - downloaded[engine])
             downloaded[engine] |= used
         stages.append(
             StagePrograms(
                 index=stage.index,
-                train={engine: address[key] for engine, key in keys.train.items()},
-                eval={engine: address[key] for engine, key in keys.eval.items()},
-                cost=_stage_cost(plan, stage, cut, segments, programs, keys, loss, new),
+                train={engine: address[key] for engine, key in keys.whole.train.items()},
+                eval={engine: address[key] for engine, key in keys.whole.eval.items()},
+                partial=tuple(
+                    PartialStage(
+                        modalities=subset,
+                        train={engine: address[key] for engine, key in part.train.items()},
+                        eval={engine: address[key] for engine, key in part.eval.items()},
+                        planned_bytes=_planned(plan, cut.partial[subset], programs, part, {}),
+                    )
+                    for subset, part in keys.partial.items()
+                ),
+                calibrate={engine: address[key] for engine, key in keys.calibrate.items()},
+                cost=_stage_cost(plan, stage, cut.whole, segments, programs, keys.whole, loss, new),
             )
         )
     manifest = Manifest(
@@ -145,24 +163,79 @@ def export_bundle(
         prefix_errors_on=(hash_file(sample) if sample else RANDOM_INPUTS) if errors else "",
         segment_macs={name: forward_macs(segments[name], example) for name, example in plan_examples(plan).items()},
         rewrites=tuple(by_modality((*rewrites, *prove_model(segments, pools, plan.model)))),
-        notes=tuple(notes),
+        notes=(*notes, *notes_of(plan, zeroed)),
         stages=tuple(stages),
         blobs={digest: len(data) for digest, data in sorted(blobs.items())},
         versions={"lamina": __version__} | {name: number for found in versions.values() for name, number in found.items()},
     )
     for cut, stage in zip(cuts, plan.stages, strict=True):
-        if manifest.exchange_specs(stage.index) != list(cut.weights):
-            raise ExportError(f"stage {stage.index}: tensors are not in exchange order; this is a fault of lamina")
+        for subset, part in ((), cut.whole), *cut.partial.items():
+            if manifest.exchange_specs(stage.index, subset) != list(part.weights):
+                raise ExportError(f"stage {stage.index}: tensors are not in exchange order; this is a fault of lamina")
+        if cut.calibrate and manifest.calibrated(stage.index) != list(cut.calibrate[0].active):
+            raise ExportError(f"stage {stage.index}: calibration has other segments than the manifest says; a fault of lamina")
     _write(folder, manifest, blobs, signer)
     return manifest
 
 
+Subset = tuple[str, ...]
+"""Modalities of a device that has not all."""
+
+
 @dataclass(frozen=True)
-class _StageKeys:
-    """Keys of the programs that a stage trains and evaluates with, by engine."""
+class _Cuts:
+    """The cut modules of a stage; `calibrate` with the stage that it is the cut of, in which all is active."""
+
+    whole: StageCut
+    partial: dict[Subset, StageCut]
+    calibrate: tuple[Stage, StageCut] | None
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """Keys of the programs that a device trains and evaluates with, by engine."""
 
     train: Keys
     eval: Keys
+
+
+@dataclass(frozen=True)
+class _StageKeys:
+    whole: _Keys
+    partial: dict[Subset, _Keys]
+    calibrate: Keys
+
+
+def _cuts(plan: Plan, stage: Stage, segments: Mapping[str, nn.Module], pools: Mapping[str, nn.Module]) -> _Cuts:
+    terms = stage_terms(plan, stage)
+    calibrate = None
+    if plan.calibration and stage.rounds:
+        attached = {*stage.active, *stage.frozen}
+        everything = stage.model_copy(update={"active": tuple(n for n in segments if n in attached), "frozen": ()})
+        own = cut_stage(segments, plan.model, everything, pools=pools, terms=Terms(held=False))
+        calibrate = (everything, own)
+    return _Cuts(
+        whole=cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=needs_embeddings(plan), terms=terms),
+        partial={
+            subset: cut_stage(segments, plan.model, stage, pools=pools, terms=terms, present=subset)
+            for subset in plan.device_modalities
+        },
+        calibrate=calibrate,
+    )
+
+
+def _add_programs(programs: ProgramSet, stage: Stage, cut: _Cuts) -> _StageKeys:
+    training = programs.plan.training
+    # A contrastive loss has the whole batch for its negatives; the server has the memory for that.
+    max_batch = training.batch_size if needs_embeddings(programs.plan) else training.samples_in_memory
+    return _StageKeys(
+        whole=_Keys(*programs.add_stage(stage, cut.whole)),
+        partial={
+            subset: _Keys(*programs.add_stage(stage, part, f" with {', '.join(subset)} alone"))
+            for subset, part in cut.partial.items()
+        },
+        calibrate=programs.add_training(*cut.calibrate, " for calibration", max_batch) if cut.calibrate else {},
+    )
 
 
 def _stage_cost(
@@ -171,12 +244,29 @@ def _stage_cost(
     cut: StageCut,
     segments: Mapping[str, nn.Module],
     programs: ProgramSet,
-    keys: _StageKeys,
+    keys: _Keys,
     loss: Keys,
     program_bytes: dict[EngineName, int],
 ) -> StageCost:
     count = sum(spec.count for spec in cut.weights)
     down, up = plan.training.download_encoding, plan.training.upload_encoding
+    return StageCost(
+        active_parameters=count,
+        frozen_parameters=sum(value.numel() for name in stage.frozen for value in segments[name].parameters()),
+        flops_per_sample=TRAINING_FACTOR * _active_macs(plan, stage, cut, segments),
+        prefix_flops_per_sample=_prefix_macs(plan, stage, segments),
+        planned_bytes=_planned(plan, cut, programs, keys, loss),
+        round_bytes_down=sum(_segment_bytes(name, segments[name], plan, down) for name in stage.active),
+        round_bytes_up=_file_bytes(cut.weights, up),
+        program_bytes=program_bytes,
+        frozen_bytes=sum(_segment_bytes(name, segments[name], plan, down) for name in stage.frozen),
+    )
+
+
+def _planned(plan: Plan, cut: StageCut, programs: ProgramSet, keys: _Keys, loss: Keys) -> dict[EngineName, int]:
+    """Bytes that a training step takes, by engine."""
+    count = sum(spec.count for spec in cut.weights)
+    held = held_values(plan, count, reference_sizes(cut.module))
     planned = {}
     for engine, key in keys.train.items():
         peaks = [programs.activation_bytes(key)]
@@ -184,17 +274,18 @@ def _stage_cost(
             peaks += [programs.activation_bytes(keys.eval[engine]), programs.activation_bytes(loss[engine])]
         # A device keeps the programs of a step loaded. ExecuTorch gives each its own arena; the others share one.
         at_once = (sum(peaks) if engine == "executorch" else max(peaks)) + (embedding_bytes(plan) if loss else 0)
-        planned[engine] = planned_bytes(count, plan.training.optimizer, at_once)
-    return StageCost(
-        active_parameters=count,
-        frozen_parameters=sum(value.numel() for name in stage.frozen for value in segments[name].parameters()),
-        flops_per_sample=TRAINING_FACTOR * forward_macs(cut.module, example_inputs(plan.model, cut.inputs, 1)),
-        prefix_flops_per_sample=_prefix_macs(plan, stage, segments),
-        planned_bytes=planned,
-        round_bytes_down=sum(_segment_bytes(name, segments[name], plan, down) for name in stage.active),
-        round_bytes_up=_file_bytes(cut.weights, up),
-        program_bytes=program_bytes,
-        frozen_bytes=sum(_segment_bytes(name, segments[name], plan, down) for name in stage.frozen),
+        planned[engine] = planned_bytes(count, plan.training.optimizer, at_once, held)
+    return planned
+
+
+def _active_macs(plan: Plan, stage: Stage, cut: StageCut, segments: Mapping[str, nn.Module]) -> int:
+    """Of what a step trains, for one sample (the convention of `export.cost`)."""
+    examples = plan_examples(plan)
+    if isinstance(plan.model.objective, SelfSupervised):
+        return counted_views(plan.model) * sum(forward_macs(segments[name], examples[name]) for name in stage.active)
+    own = [name for name in stage.active if name.endswith(".classifier")]
+    return forward_macs(cut.evaluation, example_inputs(plan.model, cut.inputs, 1)) + sum(
+        forward_macs(segments[name], examples[name]) for name in own
     )
 
 

@@ -2,6 +2,8 @@
 
 FLOPs are multiply-accumulates of the forward pass for one sample, as a profiler counts them: matrix products and
 convolutions; norms and activations are negligible. Training costs three times the forward pass, a frozen part once.
+Of a self-supervised step, the branch that trains counts for one view with MoCo and BYOL and for both with SimCLR; what copies
+of the model compute (momentum, start, previous, teacher) is not counted.
 """
 
 import re
@@ -19,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from lamina.model import ModelDescription, SelfSupervised
 from lamina.plan import SGD, OptimizerSettings, Plan
 
 TRAINING_FACTOR = 3
@@ -78,9 +81,21 @@ def moments_per_parameter(optimizer: OptimizerSettings) -> int:
     return 2
 
 
-def planned_bytes(parameters: int, optimizer: OptimizerSettings, activation_bytes: int) -> int:
-    """Weights, gradients and moments as float32, and the values between them for one micro-batch."""
-    return 4 * parameters * (2 + moments_per_parameter(optimizer)) + activation_bytes
+def counted_views(description: ModelDescription) -> int:
+    """How many forward passes of the trained branch a training sample counts for."""
+    objective = description.objective
+    return 2 if isinstance(objective, SelfSupervised) and objective.method == "simclr" else 1
+
+
+def planned_bytes(parameters: int, optimizer: OptimizerSettings, activation_bytes: int, reference_values: int = 0) -> int:
+    """Weights, gradients, moments and references as float32, and the values between them for one micro-batch."""
+    return 4 * (parameters * (2 + moments_per_parameter(optimizer)) + reference_values) + activation_bytes
+
+
+def held_values(plan: Plan, parameters: int, references: Iterable[int]) -> int:
+    """Numbers that a device holds beside the weights it trains: a copy for each reference, of so many numbers each, and the
+    weights it started with, where the proximal term asks for them."""
+    return sum(references) + (parameters if plan.training.proximal else 0)
 
 
 def embedding_bytes(plan: Plan) -> int:

@@ -10,33 +10,63 @@ Any `nn.Module` of this shape can be cut (`export.models` describes it in words)
     model.encoders[modality].norm      the last shape again; `nn.Identity()` if there is none
     model.encoders[modality].pool      those -> (batch, width), without parameters; if there is none, the mean over tokens
     model.projections[modality]        (batch, width) -> (batch, output)
-    model.head                         the joined projections -> (batch, classes), for a supervised objective
+    model.predictors[modality]         (batch, output) -> the same, for moco and byol
+    model.classifiers[modality]        (batch, output) -> (batch, classes), for gradient blending
+    model.head                         the joined projections -> (batch, classes), for a supervised objective: one of
+                                       `export.fusions`, or any module that takes them side by side in one tensor
 
 Everything is in evaluation mode: dropout is off and batch norm has frozen statistics, in training as in evaluation. What cannot
 be cut is refused here, before anything is traced, with the name of the layer or tensor and the way out.
 """
 
-from collections.abc import Mapping
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from export.objectives import apply_objective
+from export.stage_module import MAIN_TERM, StageModule, Terms, copies_of
 from export.trunk import MeanTokens
 from lamina.errors import CutError
-from lamina.manifest import LABEL
-from lamina.model import Encoder, ModelDescription, ModuleEncoder, Supervised
+from lamina.manifest import LABEL, ProgramReference, second_view
+from lamina.model import Encoder, ModelDescription, ModuleEncoder, SelfSupervised, Supervised
 from lamina.plan import Stage
-from lamina.segments import HEAD, Segment, TensorSpec, layer, norm, prefix_chain, projection, segment_names, stem
+from lamina.segments import (
+    HEAD,
+    Segment,
+    TensorSpec,
+    classifier,
+    heads_of,
+    layer,
+    norm,
+    prefix_chain,
+    projection,
+    segment_names,
+    stem,
+)
 
 AnyEncoder = Encoder | ModuleEncoder
+LABELS = TensorSpec(name=LABEL, shape=(), dtype="int64")
 Segments = Mapping[str, nn.Module]
 
 
 def find_segments(model: nn.Module, description: ModelDescription) -> dict[str, nn.Module]:
-    """Segment name -> module of the model, in exchange order. Raises CutError if the model is not of the shape above."""
+    """Segment name -> module of the model, in exchange order; what can be seen of it without tracing has been checked.
+
+    Raises CutError if the model is not of the shape above, or one of its segments cannot be trained or run.
+    """
+    found = locate_segments(model, description)
+    _check_ownership(model, found)
+    check_tensors(model)
+    _check_shapes(found, find_pools(model, description), description)
+    return found
+
+
+def locate_segments(model: nn.Module, description: ModelDescription) -> dict[str, nn.Module]:
+    """Segment name -> module of the model, in exchange order, whatever may be wrong with the modules themselves.
+
+    Raises CutError if a part is missing, or the model has other segments than the description.
+    """
     encoders, projections = _child(model, "encoders"), _child(model, "projections")
     found: dict[str, nn.Module] = {}
     for modality in description.modalities:
@@ -49,6 +79,9 @@ def find_segments(model: nn.Module, description: ModelDescription) -> dict[str, 
         found |= {layer(modality, index): module for index, module in enumerate(layers)}
         found[norm(modality)] = _child(encoder, "norm", where)
         found[projection(modality)] = _item(projections, modality, "projections")
+        for name in heads_of(description, modality)[1:]:
+            group = "classifiers" if name == classifier(modality) else "predictors"
+            found[name] = _item(_child(model, group), modality, group)
     if isinstance(description.objective, Supervised):
         found[HEAD] = _child(model, "head")
     if list(found) != segment_names(description):
@@ -57,22 +90,25 @@ def find_segments(model: nn.Module, description: ModelDescription) -> dict[str, 
             f"only in the model {sorted(set(found) - set(segment_names(description)))}, "
             f"only in the description {sorted(set(segment_names(description)) - set(found))}; make the two agree"
         )
-    _check_ownership(model, found)
-    check_tensors(model)
-    _check_shapes(found, find_pools(model, description), description)
     return found
 
 
 def find_pools(model: nn.Module, description: ModelDescription) -> dict[str, nn.Module]:
-    """Modality -> the module that makes (batch, width) of the normalised features. Raises CutError for one with parameters."""
-    encoders = _child(model, "encoders")
-    pools = {}
-    for modality in description.modalities:
-        pool = getattr(_item(encoders, modality, "encoders"), "pool", None) or MeanTokens()
+    """As `locate_pools`. Raises CutError for a pool with parameters."""
+    pools = locate_pools(model, description)
+    for modality, pool in pools.items():
         if any(True for _ in pool.parameters()):
             raise CutError(f"encoders[{modality!r}].pool has parameters, which no stage would train; move them into `norm`")
-        pools[modality] = pool
     return pools
+
+
+def locate_pools(model: nn.Module, description: ModelDescription) -> dict[str, nn.Module]:
+    """Modality -> the module that makes (batch, width) of the normalised features."""
+    encoders = _child(model, "encoders")
+    return {
+        modality: getattr(_item(encoders, modality, "encoders"), "pool", None) or MeanTokens()
+        for modality in description.modalities
+    }
 
 
 def describe_segment(name: str, module: nn.Module, description: ModelDescription) -> Segment:
@@ -89,13 +125,17 @@ def describe_segment(name: str, module: nn.Module, description: ModelDescription
 class StageCut:
     """The active part of a stage.
 
-    `module(*inputs)` gives (loss, correct), or one embedding (batch, output) for each modality. `weights` names its
-    parameters `segment/tensor`, in the order of `module.parameters()`; `inputs` are its batch inputs without the batch axis.
+    `module(*tensors of each reference, *inputs)` gives (loss, correct), or one embedding (batch, output) for each modality.
+    `weights` names its parameters `segment/tensor`, in the order of `module.parameters()`; `inputs` are its batch inputs
+    without the batch axis; `references` are the copies of its parameters that it takes. `evaluation(*inputs)` has the same
+    parameters and the main term of the loss alone; it is the same module where there is no other term.
     """
 
-    module: nn.Module
+    module: StageModule
+    evaluation: StageModule
     weights: tuple[TensorSpec, ...]
     inputs: tuple[TensorSpec, ...]
+    references: tuple[ProgramReference, ...]
 
 
 def cut_stage(
@@ -105,31 +145,69 @@ def cut_stage(
     *,
     pools: Mapping[str, nn.Module] | None = None,
     until_embeddings: bool = False,
+    terms: Terms | None = None,
+    present: Sequence[str] = (),
 ) -> StageCut:
     """The cut module of a stage: a copy of the active segments; the given model stays as it is.
 
     `pools` are those of `find_pools`; without them, every modality takes the mean over its tokens.
-    `until_embeddings` leaves out the objective, which must be one without a head and labels of its own.
+    `until_embeddings` leaves out the objective and the label, for an objective without a head of its own.
+    `terms` are those of the training loss: without them all that the objective has, but a teacher only after the first stage.
+    `present` are the modalities of a device that has not all of them: the cut has their segments and the head.
     """
     chosen = pools or {modality: MeanTokens() for modality in description.modalities}
+    present = present or description.modalities
+    absent = [modality for modality in description.modalities if modality not in present]
+    terms = terms or Terms(has_teacher=stage.index > 0)
     _check_ends(segments, chosen, description, stage)
-    module = _StageModule(segments, chosen, description, stage, until_embeddings)
+    names = [name for name in stage.active if name.partition(".")[0] not in absent]
+    parts = copies_of(segments, names)
+
+    def module(of: Terms, is_judged: bool) -> StageModule:
+        return StageModule(
+            parts,
+            chosen,
+            description,
+            stage,
+            names,
+            of,
+            is_judged=is_judged,
+            absent=absent,
+            until_embeddings=until_embeddings,
+        ).eval()
+
+    trained = module(terms, is_judged=False)
     weights = tuple(
         TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
-        for name in stage.active
+        for name in names
         for tensor in describe_segment(name, segments[name], description).tensors
     )
-    if [spec.shape for spec in weights] != [tuple(value.shape) for value in module.parameters()]:
+    if [spec.shape for spec in weights] != [tuple(value.shape) for value in trained.parameters()]:
         raise CutError(f"stage {stage.index}: the cut module's tensors are not in exchange order; this is a fault of lamina")
+    has_more = bool(trained.reference_specs) or (terms.blend and any(name == classifier(m) for m in present for name in names))
+    return StageCut(
+        module=trained,
+        evaluation=module(MAIN_TERM, is_judged=True) if has_more else trained,
+        weights=weights,
+        inputs=_batch_inputs(description, stage, present, with_label=not until_embeddings),
+        references=trained.reference_specs,
+    )
+
+
+def _batch_inputs(
+    description: ModelDescription, stage: Stage, present: Sequence[str], with_label: bool
+) -> tuple[TensorSpec, ...]:
     inputs = [
         segment_input(description, stage.active_chain(description, m)[0])
         if stage.active_chain(description, m)
         else features(description.encoder(m), len(stage.frozen_chain(description, m)) - 1)
-        for m in description.modalities
+        for m in present
     ]
-    if isinstance(description.objective, Supervised):
-        inputs.append(TensorSpec(name=LABEL, shape=(), dtype="int64"))
-    return StageCut(module=module, weights=weights, inputs=tuple(inputs))
+    if isinstance(description.objective, SelfSupervised):
+        inputs += [spec.model_copy(update={"name": second_view(spec.name)}) for spec in inputs]
+    if with_label and description.labels is not None:
+        inputs.append(LABELS)
+    return tuple(inputs)
 
 
 def _check_ends(segments: Segments, pools: Mapping[str, nn.Module], description: ModelDescription, stage: Stage) -> None:
@@ -189,46 +267,6 @@ def example_inputs(
     return tuple(found)
 
 
-class _StageModule(nn.Module):
-    """The active segments as `parts.0`, `parts.1`, ...: the names must not tell which layer of the model it is, so that
-    stages of equal shape give the same graph."""
-
-    def __init__(
-        self,
-        segments: Segments,
-        pools: Mapping[str, nn.Module],
-        description: ModelDescription,
-        stage: Stage,
-        until_embeddings: bool,
-    ) -> None:
-        super().__init__()
-        self.until_embeddings = until_embeddings
-        self.parts = nn.ModuleList(deepcopy(segments[name]).eval().requires_grad_(True) for name in stage.active)
-        self.pools = nn.ModuleList(pools[modality] for modality in description.modalities)
-        position = {name: index for index, name in enumerate(stage.active)}
-        self.routes = [
-            [
-                [position[name] for name in stage.active_chain(description, modality)],
-                [position[norm(modality)], position[projection(modality)]],
-            ]
-            for modality in description.modalities
-        ]
-        self.head = position.get(HEAD)
-        self.objective = description.objective
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        embeddings = []
-        for x, pool, (chain, (norm_at, projection_at)) in zip(inputs, self.pools, self.routes, strict=False):
-            for index in chain:
-                x = self.parts[index](x)
-            embeddings.append(self.parts[projection_at](pool(self.parts[norm_at](x))))
-        if self.until_embeddings:
-            return tuple(embeddings)
-        if self.head is None:
-            return apply_objective(self.objective, None, embeddings, None)
-        return apply_objective(self.objective, self.parts[self.head], embeddings, inputs[-1])
-
-
 def _child(module: nn.Module, name: str, where: str = "the model") -> nn.Module:
     child = getattr(module, name, None)
     if not isinstance(child, nn.Module):
@@ -265,15 +303,20 @@ def _check_ownership(model: nn.Module, segments: Segments) -> None:
 def check_tensors(model: nn.Module) -> None:
     """Raises CutError for a parameter that is not float32 on the CPU, and for a buffer."""
     for key, parameter in model.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise CutError(f"parameter {key!r} is {parameter.dtype}; programs train float32: call model.float()")
-        if parameter.device.type != "cpu":
-            raise CutError(f"parameter {key!r} is on {parameter.device}; export reads weights on the CPU: call model.cpu()")
+        check_parameter(key, parameter)
     for key, _ in model.named_buffers():
         raise CutError(
             f"buffer {key!r} is neither trained nor sent, so devices would disagree about it; use LayerNorm or GroupNorm "
             "instead of BatchNorm, and compute constants in forward()"
         )
+
+
+def check_parameter(key: str, parameter: Tensor) -> None:
+    """Raises CutError that names a parameter by its key, if it is not float32 on the CPU."""
+    if parameter.dtype != torch.float32:
+        raise CutError(f"parameter {key!r} is {parameter.dtype}; programs train float32: call model.float()")
+    if parameter.device.type != "cpu":
+        raise CutError(f"parameter {key!r} is on {parameter.device}; export reads weights on the CPU: call model.cpu()")
 
 
 def _check_shapes(segments: Segments, pools: Mapping[str, nn.Module], description: ModelDescription) -> None:
@@ -298,21 +341,31 @@ def _check_shapes(segments: Segments, pools: Mapping[str, nn.Module], descriptio
                     f"promises {(batch, encoder.width)} (batch, width)"
                 )
             z = run_segment(projection(modality), segments[projection(modality)], x)
-        promised = (batch, description.projection.output)
-        if tuple(z.shape) != promised:
-            raise CutError(
-                f"{projection(encoder.modality)} gives shape {tuple(z.shape)} for {batch} samples, but the description "
-                f"promises {promised} (batch, output); make the two agree"
-            )
+            _check_promise(projection(modality), z, (batch, description.projection.output), "output")
+            for name in heads_of(description, modality)[1:]:
+                is_classifier = name == classifier(modality) and isinstance(description.objective, Supervised)
+                promised = description.objective.classes if is_classifier else description.projection.output
+                _check_promise(
+                    name, run_segment(name, segments[name], z), (batch, promised), "classes" if is_classifier else "output"
+                )
+
+
+def _check_promise(name: str, given: Tensor, promised: tuple[int, int], what: str) -> None:
+    if tuple(given.shape) != promised:
+        raise CutError(
+            f"{name} gives shape {tuple(given.shape)} for {promised[0]} samples, but the description "
+            f"promises {promised} (batch, {what}); make the two agree"
+        )
 
 
 @torch.no_grad()
 def run_segment(name: str, module: nn.Module, x: Tensor) -> Tensor:
-    """What a segment gives. Raises CutError that names it if it cannot take this input, or gives no tensor."""
+    """What a segment gives. Raises CutError that names it, whatever its forward() raises, and if it gives no tensor."""
     try:
         y = module(x)
-    except (RuntimeError, TypeError, IndexError, ValueError) as error:
-        raise CutError(f"{name} cannot take an input of shape {tuple(x.shape)} and {x.dtype}: {error}") from error
+    except Exception as error:  # a user's layer may raise anything
+        kind = type(error).__name__
+        raise CutError(f"{name} cannot take an input of shape {tuple(x.shape)} and {x.dtype}: {kind}: {error}") from error
     if not isinstance(y, Tensor):
         raise CutError(f"{name} gives a {type(y).__name__}; a segment takes one tensor and gives one: wrap it in a module")
     return y
@@ -320,8 +373,8 @@ def run_segment(name: str, module: nn.Module, x: Tensor) -> Tensor:
 
 def _bound(description: ModelDescription, name: str) -> int:
     """Exclusive upper bound of an int64 input."""
-    if name == LABEL and isinstance(description.objective, Supervised):
-        return description.objective.classes
+    if name == LABEL and description.labels is not None:
+        return description.labels
     spec = description.encoder(name).input
     assert spec.kind == "text_tokens"
     return spec.vocabulary

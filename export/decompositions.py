@@ -65,12 +65,25 @@ def nll_loss_backward(
     return hit.to(gradient.dtype) * (-gradient / counts.sum())
 
 
+def constant_pad(x: Tensor, widths: list[int], value: float = 0) -> Tensor:
+    """A negative width cuts off: the gradient of a pad is one. ExecuTorch refuses negative widths, so they are slices."""
+    if all(width >= 0 for width in widths):
+        return NotImplemented
+    for place in range(0, len(widths), 2):
+        axis = x.ndim - 1 - place // 2
+        before, after = (max(0, -width) for width in widths[place : place + 2])
+        x = x.narrow(axis, before, x.shape[axis] - before - after)
+    kept = [max(0, width) for width in widths]
+    return torch.ops.aten.constant_pad_nd(x, kept, value) if any(kept) else x
+
+
 LEAN: dict[Any, Callable[..., Any]] = {
     _ATEN.gelu_backward.default: gelu_backward,
     _ATEN.silu_backward.default: silu_backward,
     _ATEN.mish_backward.default: mish_backward,
     _ATEN._softmax_backward_data.default: softmax_backward,
     _ATEN.nll_loss_backward.default: nll_loss_backward,
+    _ATEN.constant_pad_nd.default: constant_pad,
     _ATEN.convolution_backward.default: convolution_backward,
     _ATEN.max_pool2d_with_indices_backward.default: max_pool_backward,
 }

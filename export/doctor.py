@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from export import cut
 from export.frozen import frozen_graph, segment_precision
 from export.joint import joint_graph
-from export.objectives import supervised
+from export.objectives import cross_entropy
 from export.quiet import quiet
 from export.supported import unsupported
 from export.trace import Arrays, example_batch, forward_graph, graph_text
@@ -27,7 +27,7 @@ from lamina.manifest import LABEL
 from lamina.model import ModelDescription, Supervised
 from lamina.names import EngineName
 from lamina.plan import Plan
-from lamina.segments import HEAD, TensorSpec, norm, prefix_chain, projection, segment_names
+from lamina.segments import HEAD, TensorSpec, classifier, norm, predictor, prefix_chain, projection
 
 Progress = Callable[[str, int, int], None]
 """(segment, segments done, segments in all)"""
@@ -103,15 +103,22 @@ class _Part:
 
 
 def examine(
-    plan: Plan, model: nn.Module, engines: Iterable[EngineName], on_progress: Progress = lambda segment, done, total: None
+    plan: Plan,
+    model: nn.Module,
+    engines: Iterable[EngineName],
+    on_progress: Progress = lambda segment, done, total: None,
+    faults: Mapping[str, Exception] | None = None,
 ) -> list[Finding]:
     """What each engine can do with each different segment of the model, in exchange order; equal segments share a row.
+
+    `faults` are those of `export.recipe.Resolved`: what was already found wrong with a segment is told and not looked at again.
 
     Raises CutError if the model has not the parts that `export.cut` describes; whatever else is wrong is a finding.
     """
     engines = tuple(engines)
+    faults = faults or {}
     looks: dict[tuple[object, ...], list[_Part]] = {}
-    for part in _parts(model, plan.model):
+    for part in _parts(model, plan.model, faults):
         looks.setdefault(part.look, []).append(part)
     known: dict[tuple[object, ...], Outcomes] = {}
     rows: dict[tuple[object, ...], tuple[list[str], Outcomes]] = {}
@@ -127,7 +134,7 @@ def examine(
         Finding(segment=names[0], like=tuple(names[1:]), engine=engine, **vars(outcome))
         for names, outcomes in rows.values()
         for engine, outcome in outcomes.items()
-    ] + _unowned(model, plan.model, engines)
+    ] + _unowned(model, plan.model, engines, faults)
 
 
 def _examine_part(
@@ -216,6 +223,8 @@ def _eager_fault(part: _Part, description: ModelDescription) -> tuple[str, str] 
             f"it gives a {type(y).__name__}, not a tensor",
             "wrap it in a module whose forward() takes one tensor and gives one",
         )
+    if y.ndim < 2 or y.shape[0] != x.shape[0]:
+        return f"it gives shape {tuple(y.shape)} for 2 samples", "keep the batch as the first axis of what forward() gives"
     promised = (2, *part.gives)
     if tuple(y.shape) != promised:
         return (
@@ -227,44 +236,23 @@ def _eager_fault(part: _Part, description: ModelDescription) -> tuple[str, str] 
     return None
 
 
-def _parts(model: nn.Module, description: ModelDescription) -> list[_Part]:
+def _parts(model: nn.Module, description: ModelDescription, faults: Mapping[str, Exception]) -> list[_Part]:
     """Every segment with what it takes and gives, and what is wrong with its tensors; copies, in evaluation mode."""
-    found = _locate(model, description)
+    found, pools = cut.locate_segments(model, description), cut.locate_pools(model, description)
+    pool_after = {norm(modality): pool for modality, pool in pools.items()}
     tied = _ties(found)
     parts = []
     for name, module in found.items():
         takes, gives = _promised(description, name)
-        fault = _tensor_fault(module) or tied.get(name)
+        known = explain(faults[name]) if name in faults else None
+        fault = known or _tensor_fault(module) or _tensor_fault(pool_after.get(name)) or tied.get(name)
         if fault is None:
             module = deepcopy(module).eval().requires_grad_(True)
-            if name in {norm(modality) for modality in description.modalities}:
-                module = nn.Sequential(module, _pool(model, name.split(".", maxsplit=1)[0]))
+            if name in pool_after:
+                module = nn.Sequential(module, deepcopy(pool_after[name]).eval())
         is_prefix = name in prefix_chain(description, takes.name) if takes.name in description.modalities else False
         parts.append(_Part(name, module, takes, gives, is_prefix, fault))
     return parts
-
-
-def _locate(model: nn.Module, description: ModelDescription) -> dict[str, nn.Module]:
-    """As `cut.find_segments`, without its checks: they end at the first fault."""
-    encoders, projections = cut._child(model, "encoders"), cut._child(model, "projections")
-    found: list[nn.Module] = []
-    for modality in description.modalities:
-        where_ = f"encoders[{modality!r}]"
-        encoder = cut._item(encoders, modality, "encoders")
-        layers = list(cut._child(encoder, "layers", where_).children())
-        if len(layers) != description.encoder(modality).layers:
-            promised = description.encoder(modality).layers
-            raise CutError(f"{where_} has {len(layers)} layers, the plan says {promised}; make the two agree")
-        found += [cut._child(encoder, "stem", where_), *layers, cut._child(encoder, "norm", where_)]
-        found.append(cut._item(projections, modality, "projections"))
-    if isinstance(description.objective, Supervised):
-        found.append(cut._child(model, "head"))
-    return dict(zip(segment_names(description), found, strict=True))
-
-
-def _pool(model: nn.Module, modality: str) -> nn.Module:
-    encoder = cut._item(cut._child(model, "encoders"), modality, "encoders")
-    return getattr(encoder, "pool", None) or cut.MeanTokens()
 
 
 def _promised(description: ModelDescription, name: str) -> tuple[TensorSpec, tuple[int, ...]]:
@@ -275,16 +263,23 @@ def _promised(description: ModelDescription, name: str) -> tuple[TensorSpec, tup
         return TensorSpec(name=HEAD, shape=(joined,)), (description.objective.classes,)
     modality = name.split(".", maxsplit=1)[0]
     encoder = description.encoder(modality)
+    output = description.projection.output
     if name == projection(modality):
-        return TensorSpec(name=modality, shape=(encoder.width,)), (description.projection.output,)
+        return TensorSpec(name=modality, shape=(encoder.width,)), (output,)
+    if name == predictor(modality):
+        return TensorSpec(name=modality, shape=(output,)), (output,)
+    if name == classifier(modality):
+        assert isinstance(description.objective, Supervised)
+        return TensorSpec(name=modality, shape=(output,)), (description.objective.classes,)
     if name == norm(modality):
         return cut.features(encoder, encoder.layers), (encoder.width,)
     return cut.segment_input(description, name), encoder.feature_shape(prefix_chain(description, modality).index(name))
 
 
-def _tensor_fault(module: nn.Module) -> tuple[str, str] | None:
+def _tensor_fault(module: nn.Module | None) -> tuple[str, str] | None:
     try:
-        cut.check_tensors(module)
+        if module is not None:
+            cut.check_tensors(module)
     except CutError as error:
         return explain(error)
     return None
@@ -312,14 +307,18 @@ def _ties(segments: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _unowned(model: nn.Module, description: ModelDescription, engines: tuple[EngineName, ...]) -> list[Finding]:
-    """Parameters that no segment has: the export refuses the model."""
-    owned = {id(value) for module in _locate(model, description).values() for value in module.parameters()}
-    reason, remedy = "this parameter belongs to no segment: nobody would train or send it", "move it into a segment"
-    loose = [key for key, value in model.named_parameters() if id(value) not in owned]
+def _unowned(
+    model: nn.Module, description: ModelDescription, engines: tuple[EngineName, ...], faults: Mapping[str, Exception]
+) -> list[Finding]:
+    """What makes the export refuse the model and is in no segment: parameters, and faults of what the plan leaves out."""
+    segments = cut.locate_segments(model, description)
+    owned = {id(value) for module in segments.values() for value in module.parameters()}
+    nobodys = "this parameter belongs to no segment: nobody would train or send it", "move it into a segment"
+    found = {f"(parameter {key})": nobodys for key, value in model.named_parameters() if id(value) not in owned}
+    found |= {name: explain(error) for name, error in faults.items() if name not in segments}
     return [
-        Finding(f"(parameter {key})", (), engine, False, None, reason, remedy, is_refused=True)
-        for key in loose
+        Finding(name, (), engine, False, None, reason, remedy, is_refused=True)
+        for name, (reason, remedy) in found.items()
         for engine in engines
     ]
 
@@ -338,7 +337,7 @@ class _SegmentStage(nn.Module):
 
 
 class _HeadStage(nn.Module):
-    """The supervised objective on one embedding, whose gradient is asked for as well."""
+    """The supervised objective on the joined embeddings, whose gradient is asked for as well."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -346,7 +345,7 @@ class _HeadStage(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor, label: Tensor) -> Arrays:
-        return supervised(self.part, [x * self.scale], label)
+        return cross_entropy(self.part(x * self.scale), label)
 
 
 def _settings(module: nn.Module) -> tuple[object, ...]:

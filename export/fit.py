@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from export.needs import MIB, StageNeeds, stage_needs
 from lamina.errors import ConfigError
 from lamina.manifest import EngineName, Precision
-from lamina.plan import FeatureStore, Plan, Training
+from lamina.plan import Plan
 from lamina.strategies import make_stages
 
 ENCODINGS: tuple[Literal["fp32", "fp16", "int8"], ...] = ("fp32", "fp16", "int8")
@@ -64,7 +64,7 @@ def fits(
     traced: dict[tuple[int, bool], list[StageNeeds]] = {}
     for layers in _layer_counts(plan):
         staged = _with_layers(plan, layers)
-        for micro in _micro_batches(plan.training):
+        for micro in _micro_batches(plan):
             # One trace serves all micro-batches; a contrastive step of one program and one of three are two.
             is_split = plan.model.objective.kind == "contrastive" and micro < plan.training.batch_size
             if (layers, is_split) not in traced:
@@ -77,11 +77,12 @@ def fits(
                 smallest = choice
     assert smallest is not None
     if not found:
+        smaller_batch = " or batch_size" if plan.model.objective.kind == "self_supervised" else ""
         raise ConfigError(
             f"{memory_bytes / MIB:.0f} MiB are too few for {plan.model.name!r} on {engine}: the smallest that would do is "
             f"about {ceil(smallest.peak_bytes / MIB)} MiB, with micro-batch {smallest.plan.training.micro_batch} and "
             f"{smallest.layers_per_stage or 'the planned'} layers per stage (of these, {base.train_bytes / MIB:.0f} MiB are "
-            f"the process before any model). Another engine, SGD instead of AdamW, or a smaller model needs less"
+            f"the process before any model). Another engine, SGD instead of AdamW, a smaller model{smaller_batch} needs less"
         )
 
 
@@ -105,8 +106,11 @@ def _choose(
     if base.supervisor_bytes + fills[precision] > memory_bytes:
         precision = min(fills, key=lambda each: fills[each])
     largest = max(range(len(needs)), key=lambda index: train[index])
+    if plan.training.features.keep == "none" and fills[precision]:
+        # The prefix runs for every batch, in the process that trains.
+        train = [each + fills[precision] - base.train_bytes for each in train]
     encoding, share, stored = _features(plan, disk_bytes, examples)
-    features = FeatureStore(encoding=encoding, views=plan.training.features.views)
+    features = plan.training.features.model_copy(update={"encoding": encoding})
     training = plan.training.model_copy(update={"micro_batch": micro, "prefix_precision": precision, "features": features})
     return Fit(
         plan=plan.model_copy(update={"training": training}),
@@ -132,6 +136,8 @@ def _features(plan: Plan, disk_bytes: int | None, examples: int) -> tuple[Litera
         # While one file is extended by a layer, its old and its new form exist.
         return int(sum(rows) * plan.training.features.views + max(rows, default=0))
 
+    if plan.training.features.keep == "none":
+        return own, 0.0, 0
     if disk_bytes is None:
         return own, 1.0, needed(own)
     for encoding in ENCODINGS[ENCODINGS.index(own) :]:
@@ -176,9 +182,11 @@ def _with_layers(plan: Plan, layers: int) -> Plan:
     return plan.model_copy(update={"stages": stages})
 
 
-def _micro_batches(training: Training) -> list[int]:
-    """The plan's own, then halves of it down to 1."""
-    sizes, size = [], training.samples_in_memory
+def _micro_batches(plan: Plan) -> list[int]:
+    """The plan's own, then halves of it down to 1; self-supervised programs take the whole batch."""
+    if plan.model.objective.kind == "self_supervised":
+        return [plan.training.batch_size]
+    sizes, size = [], plan.training.samples_in_memory
     while size > 1:
         sizes.append(size)
         size //= 2

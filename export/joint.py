@@ -1,7 +1,7 @@
 """Joint graphs: forward and backward of a stage in one graph, which every engine runs as plain inference.
 
-    joint_graph       (weights, inputs) -> loss, correct, gradient of the loss for each weight
-    loss_graph        (embeddings) -> loss, correct, gradient of the loss for each embedding
+    joint_graph       (weights, references, inputs) -> loss, correct, gradient of the loss for each weight
+    loss_graph        (embeddings, and the label if there is one) -> loss, correct, gradient of the loss for each embedding
     backward_graph    (weights, inputs and gradients of the embeddings) -> gradient for each weight
 
 The last two are the halves of a contrastive step in micro-batches (`lamina.manifest`). Each graph is made from a forward
@@ -25,31 +25,39 @@ Step = Callable[[Arrays, Arrays], Arrays]
 
 
 def joint_graph(
-    forward: ExportedProgram, module: nn.Module, weight_names: list[str], example: Arrays, max_batch: int
+    forward: ExportedProgram,
+    module: nn.Module,
+    weight_names: list[str],
+    example: Arrays,
+    max_batch: int,
+    references: Arrays = (),
 ) -> ExportedProgram:
     """The joint graph of a stage, made from its forward graph; the module gives shapes and example values only.
+
+    `references` are the tensors that come behind the weights; they are constants, and get no gradient.
 
     Raises CutError that names a weight which the loss does not depend on: its gradient would not exist.
     """
     run = forward.module()
 
     def step(weights: Arrays, inputs: Arrays) -> Arrays:
-        leaves = _leaves(weights)
-        loss, correct = run(leaves, inputs)
+        leaves = _leaves(weights[: len(weight_names)])
+        loss, correct = run((*leaves, *weights[len(weight_names) :]), inputs)
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         return (loss.detach(), correct, *_all_there(gradients, weight_names))
 
     weights = tuple(value.detach() for value in module.parameters())
-    return _trace_step(step, _placeholders(forward), weights, example, max_batch)
+    return _trace_step(step, _placeholders(forward), (*weights, *references), example, max_batch)
 
 
 def loss_graph(forward: ExportedProgram, example: Arrays, max_batch: int) -> ExportedProgram:
-    """The loss of a whole batch, differentiated by the embeddings; `example` holds one embedding for each modality."""
+    """The loss of a whole batch, differentiated by the embeddings; `example` holds one embedding for each modality, and then
+    the label if there is one."""
     run = forward.module()
 
-    def step(weights: Arrays, embeddings: Arrays) -> Arrays:
-        leaves = _leaves(embeddings)
-        loss, correct = run(weights, leaves)
+    def step(weights: Arrays, inputs: Arrays) -> Arrays:
+        leaves = _leaves(tuple(value for value in inputs if value.is_floating_point()))
+        loss, correct = run(weights, (*leaves, *inputs[len(leaves) :]))
         return (loss.detach(), correct, *torch.autograd.grad(loss, leaves))
 
     return _trace_step(step, _placeholders(forward), (), example, max_batch)

@@ -1,7 +1,7 @@
 """The model of a description: the built-in family of small multimodal transformers, or the user's encoders with our heads.
 
 Every model goes through the same door (`export.cut`): `encoders[modality]` with `stem`, `layers`, `norm` and `pool`, a
-`projections[modality]` each, and a `head` for a supervised objective.
+`projections[modality]` each, and what the objective asks for: `predictors`, `classifiers`, a `head`.
 """
 
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from export.adapters import adapt
 from export.factory import call_factory
+from export.fusions import classify, make_head
 from export.objectives import l2_normalise
 from export.proofs import engine_safe
 from export.trunk import MeanTokens, Trunk
@@ -24,10 +25,13 @@ from lamina.model import (
     ModelDescription,
     ModuleEncoder,
     Projection,
+    SelfSupervised,
     SensorWindows,
+    Supervised,
     TextTokens,
 )
-from lamina.segments import HEAD, layer, norm, projection, stem
+from lamina.plan import Plan
+from lamina.segments import HEAD, classifier, heads_of, layer, norm, predictor, projection, stem
 
 
 class Attention(nn.Module):
@@ -134,7 +138,11 @@ class EncoderModule(nn.Module):
 
 
 class ProjectionHead(nn.Module):
-    """(batch, width) -> (batch, output)."""
+    """(batch, width) -> (batch, output): a projection, or the predictor of MoCo and BYOL.
+
+    Without batch norm, which the published heads have: its running statistics would be neither trained nor averaged as weights
+    are, and engines do not train it.
+    """
 
     def __init__(self, width: int, hidden: int, output: int) -> None:
         super().__init__()
@@ -146,7 +154,7 @@ class ProjectionHead(nn.Module):
 
 
 class MultimodalModel(nn.Module):
-    """Encoders, projection heads and, for a supervised objective, a linear head on the concatenated projections.
+    """Encoders, projection heads and, for a supervised objective, a head on the joined projections (`export.fusions`).
 
     `trunks` are those of the encoders that are modules; the others are of the family.
     """
@@ -163,11 +171,17 @@ class MultimodalModel(nn.Module):
                 for spec in description.encoders
             }
         )
-        if description.objective.kind == "supervised":
-            joined = description.projection.output * len(description.encoders)
-            self.head: nn.Linear | None = nn.Linear(joined, description.objective.classes)
-        else:
-            self.head = None
+        objective, output = description.objective, description.projection.output
+        self.head: nn.Module | None = None
+        if isinstance(objective, Supervised):
+            self.head = make_head(objective.fusion, len(description.encoders), output, objective.classes)
+        self.predictors, self.classifiers = nn.ModuleDict(), nn.ModuleDict()
+        for modality in description.modalities:
+            for name in heads_of(description, modality):
+                if isinstance(objective, SelfSupervised) and name == predictor(modality):
+                    self.predictors[modality] = ProjectionHead(output, objective.predictor_hidden, output)
+                if isinstance(objective, Supervised) and name == classifier(modality):
+                    self.classifiers[modality] = nn.Linear(output, objective.classes)
 
     def segments(self) -> dict[str, nn.Module]:
         """Segment name -> module, in exchange order."""
@@ -177,26 +191,38 @@ class MultimodalModel(nn.Module):
             found |= {layer(modality, index): block for index, block in enumerate(encoder.layers)}
             found[norm(modality)] = encoder.norm
             found[projection(modality)] = self.projections[modality]
+            if modality in self.predictors:
+                found[predictor(modality)] = self.predictors[modality]
+            if modality in self.classifiers:
+                found[classifier(modality)] = self.classifiers[modality]
         if self.head is not None:
             found[HEAD] = self.head
         return found
 
-    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Raw inputs of every modality -> projections (batch, output)."""
-        embeddings = {}
+    def pool(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Raw inputs of every modality -> pooled features (batch, width)."""
+        pooled = {}
         for modality, encoder in self.encoders.items():
             x = encoder.stem(inputs[modality])
             for block in encoder.layers:
                 x = block(x)
-            embeddings[modality] = self.projections[modality](encoder.pool(encoder.norm(x)))
-        return embeddings
+            pooled[modality] = encoder.pool(encoder.norm(x))
+        return pooled
+
+    def embed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Raw inputs of every modality -> projections (batch, output)."""
+        return {modality: self.projections[modality](x) for modality, x in self.pool(inputs).items()}
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Raw inputs in the order of the description's encoders -> (logits,) or the two normalised embeddings."""
-        embeddings = self.embed(dict(zip(self.encoders, inputs, strict=True)))
+        """Raw inputs in the order of the description's encoders -> (logits,), the two normalised embeddings, or, of a
+        self-supervised model, the pooled features (batch, width): its heads are for training alone."""
+        given = dict(zip(self.encoders, inputs, strict=True))
+        if isinstance(self.description.objective, SelfSupervised):
+            return tuple(self.pool(given).values())
+        embeddings = list(self.embed(given).values())
         if self.head is not None:
-            return (self.head(torch.cat(list(embeddings.values()), dim=-1)),)
-        return tuple(l2_normalise(z) for z in embeddings.values())
+            return (classify(self.head, embeddings),)
+        return tuple(l2_normalise(z) for z in embeddings)
 
 
 def build_model(description: ModelDescription, seed: int, trunks: Mapping[str, Trunk] | None = None) -> MultimodalModel:
@@ -211,6 +237,21 @@ def build_model(description: ModelDescription, seed: int, trunks: Mapping[str, T
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MultimodalModel(description, trunks)
+
+
+def zero_late_layers(segments: Mapping[str, nn.Module], plan: Plan) -> list[str]:
+    """Makes each layer of the family that is attached after the first stage the identity, as `plan.zero_init` says, and gives
+    their names: what its attention and its MLP add starts at zero."""
+    first = {*plan.stages[0].active, *plan.stages[0].frozen}
+    late = [name for name in segments if ".layers." in name and name not in first] if plan.zero_init else []
+    for name in late:
+        block = segments[name]
+        if not isinstance(block, Layer):
+            raise CutError(f"zero_init: {name} is a {type(block).__name__}, not a layer of the built-in family; leave it out")
+        for linear in (block.attention.out, block.mlp_out):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+    return late
 
 
 def make_trunk(spec: ModuleEncoder, seed: int) -> Trunk:

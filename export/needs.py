@@ -15,10 +15,11 @@ from typing import NamedTuple, get_args
 from torch import nn
 from torch.export import ExportedProgram
 
-from export.cost import embedding_bytes, moments_per_parameter, peak_live_bytes
+from export.cost import embedding_bytes, held_values, peak_live_bytes, planned_bytes
 from export.cut import cut_stage, find_pools, find_segments
 from export.models import build_model
-from export.programs import ProgramSet, needs_embeddings
+from export.programs import ProgramSet, needs_embeddings, stage_terms
+from export.stage_module import reference_sizes
 from export.worker import LoweredProgram
 from lamina.manifest import EngineName, Precision, Role
 from lamina.plan import OptimizerSettings, Plan, Stage
@@ -55,6 +56,8 @@ class StageNeeds:
     frozen: dict[Precision, tuple[tuple[ExportedProgram, int], ...]]
     """Graph and bytes of weights of each different frozen segment."""
     embedding_bytes: int
+    held_values: int
+    """Numbers of the references and, with the proximal term, of the weights that the round started with."""
 
     def train_bytes(self, engine: EngineName, micro_batch: int, optimizer: OptimizerSettings, base_bytes: int) -> int:
         """Predicted peak of the training process."""
@@ -62,7 +65,7 @@ class StageNeeds:
         live = [
             peak_live_bytes(graph, self.batch_size if role == "loss" else micro_batch) for role, graph in self.graphs.items()
         ]
-        weights = 4 * self.parameters * (2 + moments_per_parameter(optimizer))
+        weights = planned_bytes(self.parameters, optimizer, 0, self.held_values)
         fixed = base_bytes + weights + 2 * self.embedding_bytes + offset + program * len(live)
         return int(fixed + slope * (max(live) if shares else sum(live)))
 
@@ -85,19 +88,26 @@ def stage_needs(
     model = build_model(plan.model, plan.seed)
     segments, pools = find_segments(model, plan.model), find_pools(model, plan.model)
     found: list[StageNeeds] = []
-    seen: set[tuple[str, ...]] = set()
+    seen: set[tuple[object, ...]] = set()
     looks = {name: repr(module) for name, module in segments.items()}  # layers and sizes: equal ones have equal graphs
     for done, stage in enumerate(plan.stages):
         on_progress(done, len(plan.stages))
-        shape = (*(looks[name] for name in stage.active), "frozen", *sorted({looks[name] for name in stage.frozen}))
+        terms = stage_terms(plan, stage)
+        shape = (
+            *(looks[name] for name in stage.active),
+            terms.has_teacher,
+            "frozen",
+            *sorted({looks[name] for name in stage.frozen}),
+        )
         if shape in seen:
             continue
         seen.add(shape)
         programs = ProgramSet(plan, {_ANY: {}}, None, _not_lowered)
-        cut = cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=needs_embeddings(plan))
+        split = needs_embeddings(plan)
+        cut = cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=split, terms=terms)
         train, evaluation = programs.add_stage(stage, cut)
         keys: dict[Role, str] = {"train": train[_ANY]}
-        if needs_embeddings(plan):
+        if split:
             keys = {"embed": evaluation[_ANY], "loss": programs.add_loss()[_ANY], "backward": train[_ANY]}
         frozen: dict[Precision, dict[str, tuple[ExportedProgram, int]]] = {}
         for precision in get_args(Precision):
@@ -109,14 +119,16 @@ def stage_needs(
                 key: (prefix.wanted[key].graph, _weight_bytes(segments[name], prefix.wanted[key].precision))
                 for key, name in added.items()
             }
+        count = sum(spec.count for spec in cut.weights)
         found.append(
             StageNeeds(
                 stage=stage,
-                parameters=sum(spec.count for spec in cut.weights),
+                parameters=count,
                 batch_size=plan.training.batch_size,
                 graphs={role: programs.wanted[key].graph for role, key in keys.items()},
                 frozen={precision: tuple(graphs.values()) for precision, graphs in frozen.items()},
-                embedding_bytes=embedding_bytes(plan) if needs_embeddings(plan) else 0,
+                embedding_bytes=embedding_bytes(plan) if split else 0,
+                held_values=held_values(plan, count, reference_sizes(cut.module)),
             )
         )
     on_progress(len(plan.stages), len(plan.stages))

@@ -26,12 +26,14 @@ def check_parity(
     module: nn.Module,
     inputs: Arrays,
     precision: Precision = "fp32",
+    references: Arrays = (),
 ) -> float | None:
     """The largest error over all outputs and batches, as a fraction of the output's largest value where that is above 1; None
     where the runtime is missing. Raises ParityError that names the program and the output that differs.
 
     An int8 program is held to the model with the weights that its int8 weights stand for: rounding is not an error of the
-    program. What it does to the features is measured apart (`export.prefix_errors`).
+    program. What it does to the features is measured apart (`export.prefix_errors`). `references` are tensors other than the
+    weights, or a program that takes one for the other would pass.
     """
     if not is_installed(engine):
         return None
@@ -44,10 +46,10 @@ def check_parity(
     for batch in sorted({1, len(inputs[0])}):
         part = tuple(value[:batch] for value in inputs)
         try:
-            actual = run(taken, part)
+            actual = run(taken, part, references)
         except Exception as error:  # each runtime has its own classes
             raise ParityError(f"{name} for {engine} cannot run with a batch of {batch}: {error}") from error
-        largest = max(largest, _compare(f"{name} for {engine}", actual, eager(module, role, weights, part)))
+        largest = max(largest, _compare(f"{name} for {engine}", actual, eager(module, role, weights, part, references)))
     return largest
 
 
@@ -69,14 +71,15 @@ def _compare(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:
     return largest
 
 
-def eager(module: nn.Module, role: Role, weights: Arrays, inputs: Arrays) -> list[Tensor]:
+def eager(module: nn.Module, role: Role, weights: Arrays, inputs: Arrays, references: Arrays = ()) -> list[Tensor]:
     """What the program must give, by PyTorch itself."""
     names = [name for name, _ in module.named_parameters()]
 
     def forward(weights: Arrays, inputs: Arrays) -> object:
-        return functional_call(module, dict(zip(names, weights, strict=True)), inputs)
+        own, copies = weights[: len(names)], weights[len(names) :]
+        return functional_call(module, dict(zip(names, own, strict=True)), (*copies, *inputs))
 
-    return differentiate(role, weights, inputs, forward)
+    return differentiate(role, weights, inputs, forward, references)
 
 
 def _perturbed(module: nn.Module) -> Arrays:

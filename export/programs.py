@@ -15,18 +15,19 @@ from torch.export import ExportedProgram
 from export import lower_executorch, lower_onnx, lower_torch
 from export.cache import ProgramCache, program_key
 from export.cost import peak_live_bytes
-from export.cut import StageCut, embedding, example_inputs, segment_input
+from export.cut import LABELS, StageCut, embedding, example_inputs, segment_input
 from export.frozen import frozen_graph, segment_precision
 from export.joint import backward_graph, joint_graph, loss_graph
 from export.objectives import ContrastiveLoss
 from export.parity import check_parity
 from export.sharing import Look, computes_the_same, look
+from export.stage_module import Terms, random_references
 from export.supported import unsupported
 from export.trace import Arrays, example_batch, forward_graph, graph_text
 from export.trace_errors import explain
 from export.worker import LoweredProgram
 from lamina.errors import CutError, ExportError
-from lamina.manifest import EngineName, Precision, Program, Role, gradient_input
+from lamina.manifest import EngineName, Precision, Program, ProgramReference, Role, gradient_input
 from lamina.model import Contrastive
 from lamina.plan import Plan, Stage
 from lamina.segments import TensorSpec
@@ -47,6 +48,11 @@ def needs_embeddings(plan: Plan) -> bool:
     """Whether a stage's step is embed, loss, backward (`lamina.manifest`) instead of one program on the whole batch."""
     is_contrastive = isinstance(plan.model.objective, Contrastive)
     return is_contrastive and plan.training.samples_in_memory < plan.training.batch_size
+
+
+def stage_terms(plan: Plan, stage: Stage) -> Terms:
+    """What the loss of a stage has besides its main term. Heads that nobody has trained yet are no teacher."""
+    return Terms(has_teacher=any(earlier.rounds for earlier in plan.stages[: stage.index]))
 
 
 @contextmanager
@@ -74,6 +80,9 @@ class _Wanted:
     precision: Precision
     lowered: Callable[[], LoweredProgram]
     is_new: bool
+    references: tuple[ProgramReference, ...] = ()
+    copies: Arrays = ()
+    """Example tensors of the references."""
 
 
 def _wait(wanted: _Wanted) -> LoweredProgram:
@@ -107,31 +116,56 @@ class ProgramSet:
     def micro_batch(self) -> int:
         return self.plan.training.samples_in_memory
 
-    def add_stage(self, stage: Stage, cut: StageCut) -> tuple[Keys, Keys]:
-        """Keys of the stage's training and evaluation programs."""
+    def add_stage(self, stage: Stage, cut: StageCut, what: str = "") -> tuple[Keys, Keys]:
+        """Keys of the stage's training and evaluation programs; `what` follows their names in messages.
+
+        The programs of a step in micro-batches (`needs_embeddings`), unless the cut module has its objective.
+        """
         example = self._example(cut.inputs)
-        shape = look(cut.module, cut.inputs)
+        shape = look(cut.module, cut.inputs, cut.references)
         for module, keys in self.stages_of.get(shape, ()):
-            if computes_the_same(module, cut.module, example):
+            if computes_the_same(module, cut.module, (*random_references(cut.module), *example)):
                 return keys
-        keys = self._trace_stage(stage, cut)
+        with _naming(f"stage {stage.index}{what}"):
+            if cut.module.until_embeddings:
+                keys = self._add_embedding_stage(stage, cut, what)
+            else:
+                keys = self._add_whole_stage(stage, cut, what, self.micro_batch)
         self.stages_of.setdefault(shape, []).append((cut.module, keys))
         return keys
 
-    def _trace_stage(self, stage: Stage, cut: StageCut) -> tuple[Keys, Keys]:
-        with _naming(f"stage {stage.index}"):
-            return self._add_embedding_stage(stage, cut) if needs_embeddings(self.plan) else self._add_whole_stage(stage, cut)
+    def add_training(self, stage: Stage, cut: StageCut, what: str, max_batch: int) -> Keys:
+        """Keys of a training program alone."""
+        with _naming(f"stage {stage.index}{what}"):
+            return self._add_training(self._label("train", stage) + what, cut, max_batch)[0]
 
-    def _add_whole_stage(self, stage: Stage, cut: StageCut) -> tuple[Keys, Keys]:
-        example = self._example(cut.inputs)
-        forward = forward_graph(cut.module, example, self.micro_batch)
+    def _add_whole_stage(self, stage: Stage, cut: StageCut, what: str, max_batch: int) -> tuple[Keys, Keys]:
+        train, forward = self._add_training(self._label("train", stage) + what, cut, max_batch)
+        example = self._example(cut.inputs, max_batch)
+        if cut.evaluation is not cut.module:
+            forward = forward_graph(cut.evaluation, example, max_batch)
+        label = self._label("eval", stage) + what
+        return train, self._add("eval", label, forward, cut.evaluation, cut.inputs, example, max_batch=max_batch)
+
+    def _add_training(self, label: str, cut: StageCut, max_batch: int) -> tuple[Keys, ExportedProgram]:
+        """Keys of the training program, and its forward graph."""
+        example, copies = self._example(cut.inputs, max_batch), random_references(cut.module)
+        forward = forward_graph(cut.module, example, max_batch, copies)
         names = [spec.name for spec in cut.weights]
-        joint = self._joint(forward, lambda: joint_graph(forward, cut.module, names, example, self.micro_batch))
-        train, evaluation = self._label("train", stage), self._label("eval", stage)
-        return (
-            self._add("train", train, joint, cut.module, cut.inputs, example, for_torch=forward),
-            self._add("eval", evaluation, forward, cut.module, cut.inputs, example),
+        joint = self._joint(forward, lambda: joint_graph(forward, cut.module, names, example, max_batch, copies))
+        keys = self._add(
+            "train",
+            label,
+            joint,
+            cut.module,
+            cut.inputs,
+            example,
+            for_torch=forward,
+            max_batch=max_batch,
+            references=cut.references,
+            copies=copies,
         )
+        return keys, forward
 
     def add_loss(self) -> Keys:
         """Keys of the contrastive loss of a whole batch. It takes 1..batch_size samples: no operation of it asks for more."""
@@ -139,6 +173,7 @@ class ProgramSet:
         assert isinstance(objective, Contrastive)
         module = ContrastiveLoss(objective)
         inputs = tuple(embedding(self.plan.model, modality) for modality in self.plan.model.modalities)
+        inputs += (LABELS,) if objective.classes is not None else ()
         example = example_inputs(self.plan.model, inputs, example_batch(batch))
         forward = forward_graph(module, example, batch)
         graph = loss_graph(forward, example, batch)
@@ -176,6 +211,7 @@ class ProgramSet:
                     wanted.module,
                     wanted.example,
                     wanted.precision,
+                    wanted.copies,
                 )
                 if error is not None:
                     self.errors[key] = error
@@ -200,10 +236,11 @@ class ProgramSet:
             inputs=wanted.inputs,
             max_batch=wanted.max_batch,
             precision=wanted.precision,
+            references=wanted.references,
             activation_bytes=self.activation_bytes(key),
         )
 
-    def _add_embedding_stage(self, stage: Stage, cut: StageCut) -> tuple[Keys, Keys]:
+    def _add_embedding_stage(self, stage: Stage, cut: StageCut, what: str) -> tuple[Keys, Keys]:
         """Keys of the stage's `backward` and `embed` programs."""
         gradients = tuple(
             embedding(self.plan.model, modality).model_copy(update={"name": gradient_input(modality)})
@@ -218,7 +255,7 @@ class ProgramSet:
         # The cut module leaves the gradients unread: they are for the torch engine, which differentiates this graph. As a
         # graph of its own it has its own entry in the manifest, with the inputs that `backward` takes.
         embedder = forward_graph(cut.module, example, self.micro_batch)
-        backward, embed = self._label("backward", stage), self._label("embed", stage)
+        backward, embed = self._label("backward", stage) + what, self._label("embed", stage) + what
         return (
             self._add("backward", backward, joint, cut.module, inputs, example, for_torch=embedder),
             self._add("embed", embed, forward, cut.module, cut.inputs, embed_example),
@@ -236,6 +273,8 @@ class ProgramSet:
         for_torch: ExportedProgram | None = None,
         max_batch: int | None = None,
         precision: Precision = "fp32",
+        references: tuple[ProgramReference, ...] = (),
+        copies: Arrays = (),
     ) -> Keys:
         """Starts lowering where it is needed. `for_torch` is the graph in the torch file, which autograd completes."""
         keys: Keys = {}
@@ -259,6 +298,8 @@ class ProgramSet:
                 precision=precision,
                 lowered=lowered,
                 is_new=known is None,
+                references=references,
+                copies=copies,
             )
         return keys
 
@@ -268,8 +309,8 @@ class ProgramSet:
             self.joint_of[text] = make()
         return self.joint_of[text]
 
-    def _example(self, specs: tuple[TensorSpec, ...]) -> Arrays:
-        return example_inputs(self.plan.model, specs, example_batch(self.micro_batch))
+    def _example(self, specs: tuple[TensorSpec, ...], max_batch: int | None = None) -> Arrays:
+        return example_inputs(self.plan.model, specs, example_batch(max_batch or self.micro_batch))
 
     @staticmethod
     def _label(role: Role, stage: Stage) -> str:

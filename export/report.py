@@ -13,13 +13,13 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from export.cost import TRAINING_FACTOR, count_forward
+from export.cost import TRAINING_FACTOR, count_forward, counted_views
 from export.cut import find_segments
 from lamina.costs import Accounting, CostReport, RunCost, RunCosts, Savings, SegmentCost, StageCosts, StepCost, file_bytes
 from lamina.errors import ConfigError, CutError
 from lamina.model import Supervised
 from lamina.plan import Plan, Stage
-from lamina.segments import HEAD, TensorSpec
+from lamina.segments import HEAD, TensorSpec, heads_of
 
 Examples = Mapping[str, tuple[Tensor, ...]]
 
@@ -40,6 +40,7 @@ def plan_costs(plan: Plan, model: nn.Module, accounting: Accounting | None = Non
         or Accounting(download_encoding=training.download_encoding, upload_encoding=training.upload_encoding),
         local_epochs=training.local_epochs,
         views=training.features.views,
+        passes=counted_views(plan.model),
     )
 
 
@@ -54,6 +55,8 @@ def plan_examples(plan: Plan) -> dict[str, tuple[Tensor, ...]]:
             found[f"{name}.layers.{index}"] = (torch.zeros(1, *encoder.feature_shape(index)),)
         found[f"{name}.norm"] = (torch.zeros(1, *encoder.feature_shape(encoder.layers)),)
         found[f"{name}.projection"] = (torch.zeros(1, encoder.width),)
+        for head in heads_of(plan.model, name)[1:]:
+            found[head] = (torch.zeros(1, plan.model.projection.output),)
     if isinstance(plan.model.objective, Supervised):
         found[HEAD] = (torch.zeros(1, len(plan.model.encoders) * plan.model.projection.output),)
     return found
@@ -70,8 +73,12 @@ def cost_report(
     accounting: Accounting | None = None,
     local_epochs: int = 1,
     views: int = 1,
+    passes: int = 1,
 ) -> CostReport:
     """What the stages cost one device.
+
+    `passes` are the forward passes that one training sample takes: two with SimCLR, by the convention of `export.cost`. Stored
+    features are made once for each of `views`.
 
     `segments` are named as in `lamina.segments`, in exchange order; what is no stem, layer or norm is a head. `examples` hold
     one sample for each of them, on the segment's device (`meta` will do). `unused` are parts of the model that are stored but
@@ -84,7 +91,7 @@ def cost_report(
     counted = {key: _segment_cost(key, module, examples[key]) for key, module in segments.items()}
     tensors = {key: _exchanged(module) for key, module in segments.items()}
     unused = list(unused)
-    report = _Counter(counted, tensors, sum(map(_stored_bytes, unused)), accounting)
+    report = _Counter(counted, tensors, sum(map(_stored_bytes, unused)), accounting, passes)
 
     rounds = sum(stage.rounds for stage in stages)
     whole = Stage(index=0, active=tuple(segments), rounds=rounds, learning_rate=1.0)  # its rate costs nothing
@@ -94,7 +101,7 @@ def cost_report(
         if stage.rounds:
             cached |= set(stage.frozen)
     end_to_end = report.stage(whole, set())
-    baseline = _Counter(counted, tensors, report.unused_bytes, accounting.model_copy(update=_FP32)).stage(whole, set())
+    baseline = _Counter(counted, tensors, report.unused_bytes, accounting.model_copy(update=_FP32), passes).stage(whole, set())
 
     def run(part: Callable[[StageCosts], StepCost]) -> RunCosts:
         fills_each_round = accounting.frozen_weights == "downloaded"
@@ -129,8 +136,10 @@ class _Counter:
         tensors: Mapping[str, tuple[TensorSpec, ...]],
         unused_bytes: int,
         accounting: Accounting,
+        passes: int,
     ) -> None:
         self.segments, self.tensors, self.unused_bytes, self.accounting = segments, tensors, unused_bytes, accounting
+        self.passes = passes
 
     def stage(self, stage: Stage, cached: set[str]) -> StageCosts:
         """`cached` are the frozen segments whose features the device stored in an earlier stage."""
@@ -157,8 +166,10 @@ class _Counter:
             active_bytes=4 * self._values(active),
             frozen_bytes=4 * self._values(frozen),
             model_bytes=self.unused_bytes + sum(self.segments[name].stored_bytes for name in (*active, *frozen)),
-            training_flops_per_sample=TRAINING_FACTOR * self._macs(active),
-            prefix_flops_per_sample=round(sum(share * self.segments[name].forward_macs for name, share in shares.items())),
+            training_flops_per_sample=self.passes * TRAINING_FACTOR * self._macs(active),
+            prefix_flops_per_sample=round(
+                self.passes * sum(share * self.segments[name].forward_macs for name, share in shares.items())
+            ),
             fill_flops_per_sample=self._macs(new) if self.accounting.layer_budget is None else None,
             round_bytes_down=round(down),
             round_bytes_up=self._upload(active),

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from io import BytesIO
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,8 +17,11 @@ from export.quiet import quiet
 from export.trace import Arrays
 from lamina.manifest import EngineName, Role
 
-Run = Callable[[Arrays, Arrays], list[Tensor]]
-"""(weights as the program takes them, inputs) -> outputs as the role promises them."""
+
+class Run(Protocol):
+    """Weights as the program takes them, batch inputs, tensors of its references -> outputs as the role promises them."""
+
+    def __call__(self, weights: Arrays, inputs: Arrays, references: Arrays = ()) -> list[Tensor]: ...
 
 
 def is_installed(engine: EngineName) -> bool:
@@ -31,21 +34,26 @@ def open_program(engine: EngineName, data: bytes, role: Role) -> Run:
     return _OPENERS[engine](data, role)
 
 
-def differentiate(role: Role, weights: Arrays, inputs: Arrays, forward: Callable[[Arrays, Arrays], Any]) -> list[Tensor]:
+def differentiate(
+    role: Role, weights: Arrays, inputs: Arrays, forward: Callable[[Arrays, Arrays], Any], references: Arrays = ()
+) -> list[Tensor]:
     """The outputs of a role, from a forward pass and autograd: what eager PyTorch gives, and what a torch program does.
 
-    The forward pass of `backward` gives the embeddings; the last inputs are their gradients.
+    `forward` takes (weights and references, inputs). That of `backward` gives the embeddings; the last inputs are their
+    gradients. `loss` is differentiated by the embeddings, which are all inputs but the label.
     """
+    leaves: Arrays = ()
     if role == "loss":
-        inputs = _leaves(inputs)
+        leaves = _leaves(tuple(value for value in inputs if value.is_floating_point()))
+        inputs = (*leaves, *inputs[len(leaves) :])
     elif role in ("train", "backward"):
-        weights = _leaves(weights)
-    given = forward(weights, inputs)
+        weights = leaves = _leaves(weights)
+    given = forward((*weights, *references), inputs)
     if role == "backward":
-        return list(torch.autograd.grad(given, weights, inputs[-len(given) :]))
+        return list(torch.autograd.grad(given, leaves, inputs[-len(given) :]))
     outputs = [given] if isinstance(given, Tensor) else list(given)
-    if role in ("train", "loss"):
-        outputs += torch.autograd.grad(outputs[0], weights if role == "train" else inputs)
+    if leaves:
+        outputs += torch.autograd.grad(outputs[0], leaves)
     return [output.detach() for output in outputs]
 
 
@@ -59,10 +67,10 @@ def _open_executorch(data: bytes, role: Role) -> Run:
 
         program = _C._load_for_executorch_from_buffer(data)  # reads `data` in place: it must outlive the program
 
-    def run(weights: Arrays, inputs: Arrays) -> list[Tensor]:
+    def run(weights: Arrays, inputs: Arrays, references: Arrays = ()) -> list[Tensor]:
         assert data
         with quiet():
-            return list(program.run_method("forward", (*weights, *inputs), clone_outputs=True))
+            return list(program.run_method("forward", (*weights, *references, *inputs), clone_outputs=True))
 
     return run
 
@@ -75,8 +83,8 @@ def _open_onnxruntime(data: bytes, role: Role) -> Run:
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 
-    def run(weights: Arrays, inputs: Arrays) -> list[Tensor]:
-        arrays = [value.numpy() for value in (*weights, *inputs)]
+    def run(weights: Arrays, inputs: Arrays, references: Arrays = ()) -> list[Tensor]:
+        arrays = [value.numpy() for value in (*weights, *references, *inputs)]
         return [torch.from_numpy(np.asarray(output)) for output in session.run(None, dict(zip(names, arrays, strict=True)))]
 
     return run
@@ -87,8 +95,8 @@ def _open_torch(data: bytes, role: Role) -> Run:
         warnings.simplefilter("ignore")
         module = torch.export.load(BytesIO(data)).module()
 
-    def run(weights: Arrays, inputs: Arrays) -> list[Tensor]:
-        return differentiate(role, weights, inputs, module)
+    def run(weights: Arrays, inputs: Arrays, references: Arrays = ()) -> list[Tensor]:
+        return differentiate(role, weights, inputs, module, references)
 
     return run
 

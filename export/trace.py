@@ -2,6 +2,8 @@
 
     forward_graph    (weights, inputs) -> what the module gives
 
+Tensors of references (`lamina.names.Reference`) come behind the weights, as `weights_n..`: neither has a batch axis.
+
 A graph is an ATen `ExportedProgram` whose placeholders are `weights_0..` and `inputs_0..`, whose batch axis may be
 1..max_batch, and which holds neither tensors nor source paths. So two layers of equal shape give equal graphs, whatever
 their place in the model, and `graph_text` tells whether two graphs are equal.
@@ -33,15 +35,17 @@ def example_batch(max_batch: int) -> int:
     return min(EXAMPLE_BATCH, max_batch)
 
 
-def forward_graph(module: nn.Module, example: Arrays, max_batch: int) -> ExportedProgram:
-    """The graph of `module(*inputs)` as a function of (weights, inputs), weights in the order of `named_parameters()`."""
+def forward_graph(module: nn.Module, example: Arrays, max_batch: int, references: Arrays = ()) -> ExportedProgram:
+    """The graph of `module(*references, *inputs)` as a function of (weights and references, inputs), weights in the order of
+    `named_parameters()`."""
     names = [name for name, _ in module.named_parameters()]
     weights = tuple(value.detach() for value in module.parameters())
 
     def run(weights: Arrays, inputs: Arrays) -> Any:
-        return functional_call(module, dict(zip(names, weights, strict=True)), inputs)
+        own, copies = weights[: len(names)], weights[len(names) :]
+        return functional_call(module, dict(zip(names, own, strict=True)), (*copies, *inputs))
 
-    return trace_function(run, weights, example, max_batch)
+    return trace_function(run, (*weights, *references), example, max_batch)
 
 
 def trace_function(

@@ -17,14 +17,16 @@ micro-batch. Where the plan asks for it, a stage's `train` is then a `backward` 
     backward  (weights..., batch inputs..., gradients of the embeddings...) -> gradient for each weight
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lamina.names import ENGINES, LABEL, EngineName, Precision, Role, gradient_input
+from lamina.model import Name
+from lamina.names import ENGINES, LABEL, EngineName, Precision, Reference, Role, gradient_input, second_view
 from lamina.plan import Plan
 from lamina.record import Record
-from lamina.segments import Segment, TensorSpec, segment_names
+from lamina.segments import HEAD, Segment, TensorSpec, segment_names
 from lamina.tensors import hash_bytes
 
 __all__ = [
@@ -32,22 +34,35 @@ __all__ = [
     "LABEL",
     "EngineName",
     "Manifest",
+    "PartialStage",
     "Precision",
     "Program",
+    "ProgramReference",
+    "Reference",
     "Rewrite",
     "Role",
     "Sha256",
     "StageCost",
     "StagePrograms",
     "gradient_input",
+    "second_view",
 ]
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 
 
+class ProgramReference(Record):
+    """Tensors that a program takes after its weights: copies of those at these places of `Program.weights`, from another time
+    (`lamina.names.Reference`). They are constants: the program gives no gradient for them."""
+
+    kind: Reference
+    tensors: Annotated[tuple[Count, ...], Field(min_length=1)]
+
+
 class Program(Record):
-    """One graph file. `inputs` have shapes without the batch axis, which may be 1..max_batch.
+    """One graph file: (weights..., tensors of each reference..., batch inputs...) -> outputs. `inputs` have shapes without
+    the batch axis, which may be 1..max_batch.
 
     `weights` are the shapes of the float32 weights. With precision `int8`, each of them that has two axes is an int8 matrix
     followed by one float32 scale for each row: weight = scale * int8 (`lamina.quantize`).
@@ -60,6 +75,7 @@ class Program(Record):
     inputs: tuple[TensorSpec, ...]
     max_batch: Annotated[int, Field(ge=1)]
     precision: Precision = "fp32"
+    references: tuple[ProgramReference, ...] = ()
     activation_bytes: Count
     """Peak bytes of intermediate values at `max_batch`: the planned arena (ExecuTorch), else the peak of live tensors
     of the graph in its written order."""
@@ -89,12 +105,27 @@ class StageCost(Record):
     addition."""
 
 
+class PartialStage(Record):
+    """The programs of a stage for devices that have these modalities only: the others count as zeros after their projection,
+    and their segments are neither trained nor exchanged."""
+
+    modalities: Annotated[tuple[Name, ...], Field(min_length=1)]
+    train: dict[EngineName, Sha256]
+    eval: dict[EngineName, Sha256]
+    planned_bytes: dict[EngineName, Count]
+
+
 class StagePrograms(Record):
-    """The programs and the cost of one stage of the plan."""
+    """The programs and the cost of one stage of the plan.
+
+    `calibrate` trains all that is attached so far, on the server's own data (`lamina.plan.Calibration`).
+    """
 
     index: Count
     train: dict[EngineName, Sha256]
     eval: dict[EngineName, Sha256]
+    partial: tuple[PartialStage, ...] = ()
+    calibrate: dict[EngineName, Sha256] = Field(default_factory=dict)
     cost: StageCost
 
 
@@ -144,7 +175,9 @@ class Manifest(Record):
             raise ValueError(f"{len(self.stages)} stages of programs for {len(self.plan.stages)} stages of the plan")
         referred = set(self.initial_weights.values()) | set(self.programs)
         for stage in self.stages:
-            referred |= set(stage.train.values()) | set(stage.eval.values())
+            referred |= set(stage.train.values()) | set(stage.eval.values()) | set(stage.calibrate.values())
+            for part in stage.partial:
+                referred |= set(part.train.values()) | set(part.eval.values())
         for chain in self.frozen_programs.values():
             referred |= set(chain.values())
         referred |= set(self.loss_programs.values())
@@ -165,10 +198,22 @@ class Manifest(Record):
     def segment(self, name: str) -> Segment:
         return next(segment for segment in self.segments if segment.name == name)
 
-    def exchange_specs(self, stage: int) -> list[TensorSpec]:
+    def exchange(self, stage: int, modalities: Sequence[str] = ()) -> list[str]:
+        """The segments that a device trains and sends in a stage: all active ones, or those of its modalities and the head."""
+        names = self.plan.stages[stage].active
+        if not modalities:
+            return list(names)
+        return [name for name in names if name == HEAD or name.partition(".")[0] in modalities]
+
+    def exchange_specs(self, stage: int, modalities: Sequence[str] = ()) -> list[TensorSpec]:
         """Tensors of the exchange vector of a stage, in order, named `segment/tensor`."""
         return [
             TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
-            for name in self.plan.stages[stage].active
+            for name in self.exchange(stage, modalities)
             for tensor in self.segment(name).tensors
         ]
+
+    def calibrated(self, stage: int) -> list[str]:
+        """The segments that the server trains in a stage: all that are attached so far, in exchange order."""
+        attached = {*self.plan.stages[stage].active, *self.plan.stages[stage].frozen}
+        return [segment.name for segment in self.segments if segment.name in attached]

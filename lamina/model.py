@@ -194,21 +194,66 @@ class Projection(Record):
     output: Positive
 
 
+Weight = Annotated[float, Field(ge=0)]
+Fusion = Literal["concat", "sum", "gated", "self_attention", "co_attention"]
+
+
 class Supervised(Record):
-    """Cross entropy on one linear classifier over the concatenated projections."""
+    """Cross entropy of a classifier over the projections of all modalities, joined by `fusion`.
+
+    Further terms, each off at 0 (methods: FedMML, section 1.2, but for `distill`):
+    `blend` adds, with its weight, the cross entropy of a classifier of each modality alone (gradient blending); `align` adds
+    1 - cos(z, z of the projection as it was at the start of the round), summed over modalities; `distill` adds
+    T^2 KL(classes of the model at the end of the previous stage || classes now), at temperature T = `distill_temperature`.
+    """
 
     kind: Literal["supervised"] = "supervised"
     classes: Annotated[int, Field(ge=2)]
+    fusion: Fusion = "concat"
+    blend: dict[Name, Weight] = Field(default_factory=dict)
+    align: Weight = 0.0
+    distill: Weight = 0.0
+    distill_temperature: Annotated[float, Field(gt=0)] = 2.0
 
 
 class Contrastive(Record):
-    """Symmetric InfoNCE between two modalities within the batch (methods: FedMML, section 1.2), temperature in (0, 1]."""
+    """Symmetric InfoNCE between two modalities within the batch (methods: FedMML, section 1.2), temperature in (0, 1].
+
+    With `classes`, the data has labels, and all pairs of one class are each other's positives: for pairings that are by class
+    rather than by instance.
+    """
 
     kind: Literal["contrastive"] = "contrastive"
     temperature: Annotated[float, Field(gt=0, le=1)] = 0.05
+    classes: Annotated[int, Field(ge=2)] | None = None
 
 
-Objective = Annotated[Supervised | Contrastive, Field(discriminator="kind")]
+class SelfSupervised(Record):
+    """Two augmented views of one modality, without labels (methods: LW-FedSSL, section 2; FLL, section 3).
+
+    `simclr`: both views through the same model, each sample's other view against all other samples. `moco`: a prediction head
+    on top of the projection, against a momentum copy of the model. `byol`: the same without negatives. The momentum copy
+    starts each round as a copy of the model and follows it: copy = momentum * copy + (1 - momentum) * model after each step.
+
+    `moon` adds MOON's term: the projections move towards those of the model at the start of the round, away from those of the
+    device's last own model (methods, section 2.1). `align` adds half the symmetric InfoNCE between the projections and those
+    of the model as received: our reconstruction of the alignment of LW-FedSSL v1 to v3 (section 2.2).
+    """
+
+    kind: Literal["self_supervised"] = "self_supervised"
+    method: Literal["simclr", "moco", "byol"] = "simclr"
+    temperature: Annotated[float, Field(gt=0, le=1)] = 0.2
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    predictor_hidden: Positive = 128
+    moon: Weight = 0.0
+    align: Weight = 0.0
+
+    @property
+    def has_predictor(self) -> bool:
+        return self.method != "simclr"
+
+
+Objective = Annotated[Supervised | Contrastive | SelfSupervised, Field(discriminator="kind")]
 
 
 class ModelDescription(Record):
@@ -224,9 +269,30 @@ class ModelDescription(Record):
         names = [encoder.modality for encoder in self.encoders]
         if len(set(names)) != len(names):
             raise ValueError(f"modalities must have different names, given {names}")
-        if self.objective.kind == "contrastive" and len(names) != 2:
+        objective = self.objective
+        if objective.kind == "contrastive" and len(names) != 2:
             raise ValueError(f"the contrastive objective joins exactly two modalities, given {names}")
+        if objective.kind == "self_supervised":
+            if len(names) != 1:
+                raise ValueError(
+                    f"the self-supervised objective learns one modality at a time, given {names}: one plan for each"
+                )
+            if self.encoders[0].input.kind == "text_tokens":
+                raise ValueError("the self-supervised objective compares augmented views, and texts have none")
+        if objective.kind == "supervised":
+            strangers = sorted(set(objective.blend) - set(names))
+            if strangers:
+                raise ValueError(f"blend names {strangers[0]!r}; the model has {names}")
+            if objective.fusion == "co_attention" and len(names) != 2:
+                raise ValueError(f"co_attention joins exactly two modalities, given {names}: use self_attention")
+            if objective.fusion != "concat" and len(names) == 1:
+                raise ValueError(f"there is nothing to fuse with one modality: leave fusion {objective.fusion!r} out")
         return self
+
+    @property
+    def labels(self) -> int | None:
+        """The number of classes of the labels that training needs; None if it needs none."""
+        return None if self.objective.kind == "self_supervised" else self.objective.classes
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -6,7 +6,20 @@ EngineName = Literal["executorch", "onnxruntime", "torch"]
 ENGINES: tuple[EngineName, ...] = ("executorch", "onnxruntime", "torch")
 Role = Literal["train", "eval", "frozen", "embed", "loss", "backward"]
 Precision = Literal["fp32", "int8"]
+Reference = Literal["momentum", "start", "previous", "teacher"]
+"""Copies of some of the active tensors, from another time, that a program takes after its weights:
+
+    momentum   a moving average of the weights; it starts each round as a copy of them
+    start      the weights as they came at the start of the round
+    previous   those that this device ended its last round of this stage with; in its first round, `start`
+    teacher    those of the end of the previous stage
+"""
 LABEL = "label"  # the batch input that holds int64 classes; the other inputs are named by modality
+
+
+def second_view(modality: str) -> str:
+    """The batch input with the second view of the same examples, for self-supervised programs."""
+    return f"{modality}_second"
 
 
 def gradient_input(modality: str) -> str:
@@ -27,6 +40,15 @@ class TensorShape(Protocol):
     def count(self) -> int: ...
 
 
+class ReferenceShape(Protocol):
+    """A reference of a program: `lamina.manifest.ProgramReference` or `edge_client.job.ReferenceFile`."""
+
+    @property
+    def kind(self) -> Reference: ...
+    @property
+    def tensors(self) -> tuple[int, ...]: ...
+
+
 class ProgramShape(Protocol):
     """What a runtime has to know of a program: `lamina.manifest.Program`, or `edge_client.job.ProgramFile`."""
 
@@ -40,3 +62,5 @@ class ProgramShape(Protocol):
     def max_batch(self) -> int: ...
     @property
     def precision(self) -> Precision: ...
+    @property
+    def references(self) -> "tuple[ReferenceShape, ...]": ...

@@ -1,12 +1,16 @@
-"""The plan: model + strategy + stages + training settings; all that is decided before the first round."""
+"""The plan: model + strategy + stages + training settings; all that is decided before the first round.
 
+What cannot be combined is refused here, with the reason, before anything is exported.
+"""
+
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lamina.model import ModelDescription, Name
+from lamina.model import ModelDescription, ModuleEncoder, Name
 from lamina.record import Record
-from lamina.segments import prefix_chain, segment_names
+from lamina.segments import HEAD, heads_of, prefix_chain, segment_names
 
 StrategyName = Literal["layerwise", "progressive", "end_to_end"]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -16,7 +20,8 @@ class Stage(Record):
     """One step of the plan: which segments train, which are frozen, for how many rounds.
 
     `active` is in exchange order. `frozen` are the segments below the active ones; a segment in neither list is not part
-    of the model yet. `rounds` may be 0: the segments are attached and never trained.
+    of the model yet. `rounds` may be 0: the segments are attached and never trained. `rate_scales` multiply the learning rate
+    of a modality's stem, layers and norm (by its name), or that of all projections, predictors and classifiers (`heads`).
     """
 
     index: Annotated[int, Field(ge=0)]
@@ -24,6 +29,13 @@ class Stage(Record):
     frozen: tuple[str, ...] = ()
     rounds: Annotated[int, Field(ge=0)]
     learning_rate: PositiveFloat
+    rate_scales: dict[str, PositiveFloat] = Field(default_factory=dict)
+
+    def rate_scale(self, segment: str) -> float:
+        """The factor of the learning rate of a segment."""
+        modality, _, part = segment.partition(".")
+        is_head = segment == HEAD or part in ("projection", "predictor", "classifier")
+        return self.rate_scales.get("heads" if is_head else modality, 1.0)
 
     def frozen_chain(self, model: ModelDescription, modality: str) -> list[str]:
         """The frozen prefix of a modality, in the order its features pass it; empty when the stem is active."""
@@ -59,11 +71,14 @@ class FeatureStore(Record):
     """How a device keeps the features of its frozen prefix on disk.
 
     `encoding` is what a stored value takes: 4 bytes, 2, or 1 with one scale for each token. With augmented data, `views`
-    versions of every example are stored; epoch e trains on version e mod views.
+    versions of every example are stored; epoch e trains on version e mod views, or, where the objective compares two views, on
+    versions 2e and 2e + 1 mod views. `keep` says for how long: over the `stage`, for one `round`, or `none`: the prefix runs
+    for every batch.
     """
 
     encoding: Literal["fp32", "fp16", "int8"] = "fp32"
     views: Annotated[int, Field(ge=1, le=64)] = 1
+    keep: Literal["stage", "round", "none"] = "stage"
 
 
 class Augmentation(Record):
@@ -78,18 +93,37 @@ class Augmentation(Record):
     flip: bool = False
 
 
+class DepthDropout(Record):
+    """Federated Depth Dropout (methods: FLL, section 3): a device gets at most `budget` layers of an encoder in a round.
+
+    They are the active ones, the first layer, and others of the frozen ones, drawn at random for each device and round; their
+    order stays. With `pool`, each device draws from so many fixed sets, so that it can keep the features of each.
+    """
+
+    budget: Annotated[int, Field(ge=2)]
+    pool: Annotated[int, Field(ge=1, le=16)] | None = None
+
+
 class Training(Record):
-    """What a device does in one round. The optimiser starts fresh in each round, as in FedMML.
+    """What a device does in one round. The optimiser starts fresh in each round, as in FedMML, unless `keep_optimizer`: then a
+    device goes on with the moments of its last round of the same stage.
+
+    `proximal` is c of the term c/2 |w - w_start|^2 that holds a device near the weights it was given (FedProx). In the first
+    `warm_up_rounds` rounds of each stage after the first, the learning rate climbs in equal steps to that of the stage.
 
     `micro_batch` samples are in memory at a time (None: the whole batch); the gradient is that of the whole batch.
     `prefix_precision` is that of the frozen layers' weights. `download_encoding` and `upload_encoding` are the smallest
     encodings that a device may be given and asked for; one that cannot read them gets the next larger one that it knows.
     """
 
-    batch_size: Annotated[int, Field(ge=2)] = 32
+    batch_size: Annotated[int, Field(ge=1)] = 32
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     local_epochs: Annotated[int, Field(ge=1)] = 1
     optimizer: OptimizerSettings = AdamW()
+    keep_optimizer: bool = False
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    warm_up_rounds: Annotated[int, Field(ge=0)] = 0
+    depth_dropout: DepthDropout | None = None
     features: FeatureStore = FeatureStore()
     augmentation: dict[Name, Augmentation] = Field(default_factory=dict)
     prefix_precision: Literal["fp32", "int8"] = "fp32"
@@ -98,11 +132,21 @@ class Training(Record):
     compression: Literal["none", "zstd"] = "none"
 
     @model_validator(mode="after")
-    def _micro_batch_fits(self) -> "Training":
+    def _fits_together(self) -> "Training":
+        if self.batch_size == 1:
+            raise ValueError(
+                "batch_size 1: contrastive objectives need other samples to tell apart, and BYOL needs them to keep its "
+                "embeddings from becoming one point; use at least 2"
+            )
         if self.micro_batch is not None and self.micro_batch > self.batch_size:
             raise ValueError(f"micro_batch {self.micro_batch} is larger than batch_size {self.batch_size}")
         if self.features.views > 1 and not self.augmentation:
             raise ValueError(f"features.views is {self.features.views}, but without augmentation all views are equal")
+        if self.depth_dropout and self.depth_dropout.pool is None and self.features.keep == "stage":
+            raise ValueError(
+                "depth_dropout draws another prefix in every round, so features cannot be kept over a stage: set features.keep "
+                "to 'round' or 'none', or give depth_dropout.pool, a number of fixed prefixes to draw from"
+            )
         return self
 
     @property
@@ -117,9 +161,15 @@ class Cohort(Record):
     A round starts when `size` devices have checked in and closes when all of them have sent an update, or at
     `deadline_seconds` after its start with at least `min_updates`. A device that stays silent for `lease_seconds`
     loses its place to another one that asks for work.
+
+    With `pool`, a round starts when so many devices are there, and its cohort is drawn from them: uniformly, without
+    replacement, by the plan's seed, stage and round. Devices evaluate the new weights after every `evaluate_every`-th round of
+    a stage and after its last one; 0: never.
     """
 
     size: Annotated[int, Field(ge=1)] = 4
+    pool: Annotated[int, Field(ge=1)] | None = None
+    evaluate_every: Annotated[int, Field(ge=0)] = 1
     min_updates: Annotated[int, Field(ge=1)] = 1
     deadline_seconds: PositiveFloat = 3600.0
     lease_seconds: PositiveFloat = 600.0
@@ -128,11 +178,51 @@ class Cohort(Record):
     def _min_fits(self) -> "Cohort":
         if self.min_updates > self.size:
             raise ValueError(f"min_updates {self.min_updates} is larger than the cohort size {self.size}")
+        if self.pool is not None and self.pool < self.size:
+            raise ValueError(f"pool {self.pool} is smaller than the cohort size {self.size} that is drawn from it")
         return self
+
+    @property
+    def present(self) -> int:
+        """How many devices a round waits for."""
+        return self.pool or self.size
+
+    def evaluates(self, round_number: int, is_last: bool) -> bool:
+        """Whether devices evaluate after this round of a stage, counted from 0."""
+        return self.evaluate_every > 0 and (is_last or (round_number + 1) % self.evaluate_every == 0)
+
+
+class SelfTuning(Record):
+    """A stage ends early when it stops improving: after `patience` rounds in a row that did not bring `measure` below its best
+    value so far by `min_improvement`, a share of that value. A stage's `rounds` are then the most that it may take.
+
+    `train_loss` is the mean over the cohort, by examples; `test_loss` that of the devices' test examples.
+    """
+
+    patience: Annotated[int, Field(ge=1)] = 2
+    min_improvement: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    measure: Literal["train_loss", "test_loss"] = "train_loss"
+
+
+class Calibration(Record):
+    """Server-side calibration of LW-FedSSL v1 to v3, as we reconstruct it (methods, section 2.2): after each aggregation, the
+    server trains all that is attached so far on data of its own, an .npz as devices have it, for `epochs` passes.
+
+    `data` names that data; the process that holds it is `lamina calibrate`.
+    """
+
+    data: Annotated[str, Field(min_length=1)] | None = None
+    epochs: Annotated[int, Field(ge=1)] = 1
+    learning_rate: PositiveFloat
 
 
 class Plan(Record):
-    """Everything that is decided before the first round."""
+    """Everything that is decided before the first round.
+
+    `device_modalities` are the sets of modalities that devices may have besides all of them. `zero_init` lets each layer
+    that is attached after the first stage begin as the identity (its residual branches start at zero), so that the model does
+    not change when a stage begins. `server_learning_rate` scales the mean of the updates before it is added.
+    """
 
     version: Literal[1] = 1
     name: Name
@@ -141,11 +231,17 @@ class Plan(Record):
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
     training: Training = Training()
     cohort: Cohort = Cohort()
+    self_tuning: SelfTuning | None = None
+    calibration: Calibration | None = None
+    device_modalities: tuple[Annotated[tuple[Name, ...], Field(min_length=1)], ...] = ()
+    zero_init: bool = False
+    server_learning_rate: PositiveFloat = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
     @model_validator(mode="after")
     def _stages_fit_the_model(self) -> "Plan":
         known = segment_names(self.model)
+        groups = {"heads", *self.model.modalities}
         for position, stage in enumerate(self.stages):
             if stage.index != position:
                 raise ValueError(f"stage {position} has index {stage.index}; stages count up from 0")
@@ -162,6 +258,11 @@ class Plan(Record):
                 present = stage.frozen_chain(self.model, modality) + stage.active_chain(self.model, modality)
                 if present != chain[: len(present)] or not present:
                     raise ValueError(f"stage {position}: {modality} has {present}, which is no prefix of {chain}")
+                lacking = [name for name in heads_of(self.model, modality) if name not in stage.active]
+                if lacking:
+                    raise ValueError(f"stage {position}: {lacking[0]} must be active, heads are trained in every stage")
+            if strangers := sorted(set(stage.rate_scales) - groups):
+                raise ValueError(f"stage {position}: rate_scales names {strangers[0]!r}, it may name {sorted(groups)}")
         for modality, augmentation in self.training.augmentation.items():
             if modality not in self.model.modalities:
                 raise ValueError(f"augmentation names {modality!r}; the model has {list(self.model.modalities)}")
@@ -171,3 +272,61 @@ class Plan(Record):
         if not any(stage.rounds for stage in self.stages):
             raise ValueError("every stage has 0 rounds: nothing would be trained")
         return self
+
+    @model_validator(mode="after")
+    def _can_be_combined(self) -> "Plan":
+        for fault in _conflicts(self):
+            raise ValueError(fault)
+        return self
+
+
+def _conflicts(plan: Plan) -> Iterator[str]:
+    """What cannot be combined, with the reason and the way out."""
+    model, training, objective = plan.model, plan.training, plan.model.objective
+    has_prefix = any(stage.frozen for stage in plan.stages)
+    if objective.kind == "self_supervised":
+        views = training.features.views
+        if not training.augmentation:
+            yield "the self-supervised objective compares two augmented views of an example: give training.augmentation"
+        if views < 2 or views % 2:
+            yield f"the self-supervised objective takes views in pairs: features.views must be even, it is {views}"
+        if training.micro_batch not in (None, training.batch_size):
+            yield "micro_batch: self-supervised programs take the whole batch; lower batch_size instead"
+        if plan.device_modalities:
+            yield "device_modalities: a self-supervised model has one modality, which every device must have"
+    if objective.kind == "supervised" and objective.distill and plan.strategy != "layerwise":
+        yield "distill: only layerwise stages have a teacher, the heads of the stage before on the same frozen features"
+    if training.depth_dropout:
+        if plan.strategy != "layerwise":
+            yield f"depth_dropout drops frozen layers, and strategy {plan.strategy!r} has none: use layerwise"
+        for encoder in model.encoders:
+            if len({encoder.feature_shape(depth) for depth in range(encoder.layers + 1)}) > 1:
+                yield f"depth_dropout leaves layers out, but the features of {encoder.modality} change shape between layers"
+        attached = max(len([n for n in stage.active if f"{m}.layers." in n]) for stage in plan.stages for m in model.modalities)
+        if training.depth_dropout.budget <= attached:
+            yield f"depth_dropout.budget {training.depth_dropout.budget} must be above the {attached} layers that are active"
+    if plan.calibration:
+        if plan.calibration.data is None:
+            yield "calibration trains on data of the server's own: name it in calibration.data, or leave calibration out"
+        if plan.strategy == "layerwise" and training.features.keep == "stage":
+            yield (
+                "calibration changes the prefix in every round, so features cannot be kept over a stage: set features.keep to "
+                "'round' or 'none'"
+            )
+        if training.depth_dropout:
+            yield "calibration trains all layers together, depth_dropout leaves some out: choose one"
+    for subset in plan.device_modalities:
+        if objective.kind == "contrastive":
+            yield "device_modalities: the contrastive objective pairs two modalities, so a device with one has nothing to pair"
+        strangers = sorted(set(subset) - set(model.modalities))
+        if strangers:
+            yield f"device_modalities names {strangers[0]!r}; the model has {list(model.modalities)}"
+        in_order = tuple(modality for modality in model.modalities if modality in subset)
+        if subset != in_order or len(subset) == len(model.modalities):
+            yield f"device_modalities: {list(subset)} must be some of {list(model.modalities)}, in that order, and not all"
+    if len(set(plan.device_modalities)) != len(plan.device_modalities):
+        yield "device_modalities names a set twice"
+    if plan.zero_init and any(isinstance(encoder, ModuleEncoder) for encoder in model.encoders):
+        yield "zero_init: the layers of a factory bring their own start; it is for the built-in family"
+    if plan.zero_init and not has_prefix and plan.strategy == "end_to_end":
+        yield "zero_init is for layers that are attached later, and strategy 'end_to_end' attaches all at once"

@@ -18,8 +18,8 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from lamina.errors import ConfigError
-from lamina.model import FACTORY, FamilyInput, Name, Positive
-from lamina.plan import Cohort, Plan, PositiveFloat, StrategyName, Training
+from lamina.model import FACTORY, FamilyInput, Name, Objective, Positive
+from lamina.plan import Calibration, Cohort, Plan, PositiveFloat, SelfTuning, StrategyName, Training
 from lamina.record import Record
 
 
@@ -56,7 +56,8 @@ class ProjectionRecipe(Record):
 
 
 class Recipe(Record):
-    """What a plan needs, in few words. With `classes` the objective is supervised, without it contrastive.
+    """What a plan needs, in few words. With `classes` the objective is supervised, without it contrastive; `objective` says it
+    in full instead. Keys that a plan has too mean the same.
 
     `rounds` and `learning_rate` are one value or one for each stage; a single number of rounds is the total.
     `freeze_stems` leaves the stems as the factories made them, in every stage.
@@ -66,15 +67,28 @@ class Recipe(Record):
     encoders: Annotated[dict[Name, EncoderRecipe], Field(min_length=1)]
     classes: Annotated[int, Field(ge=2)] | None = None
     temperature: Annotated[float, Field(gt=0, le=1)] = 0.05
+    objective: Objective | None = None
     projection: ProjectionRecipe = ProjectionRecipe(hidden=128)
     strategy: StrategyName = "layerwise"
     layers_per_stage: Positive | dict[Name, Positive] = 1
     rounds: Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = 12
     learning_rate: PositiveFloat | Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = 1e-3
+    rate_scales: dict[str, PositiveFloat] = Field(default_factory=dict)
     freeze_stems: bool = False
     training: Training = Training()
     cohort: Cohort = Cohort()
+    self_tuning: SelfTuning | None = None
+    calibration: Calibration | None = None
+    device_modalities: tuple[tuple[Name, ...], ...] = ()
+    zero_init: bool = False
+    server_learning_rate: PositiveFloat = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    @model_validator(mode="after")
+    def _says_the_objective_once(self) -> "Recipe":
+        if self.objective is not None and ({"classes", "temperature"} & self.model_fields_set):
+            raise ValueError("objective says it all: move classes and temperature into it")
+        return self
 
 
 def read_recipe(path: Path) -> Recipe | Plan:

@@ -1,6 +1,8 @@
 """Segments: the unit of freezing, exchange and caching.
 
     {modality}.stem   {modality}.layers.{i}   {modality}.norm   {modality}.projection   head
+    {modality}.predictor    with a momentum branch: the prediction head of MoCo and BYOL
+    {modality}.classifier   with gradient blending: the classifier of this modality alone
 
 A segment owns an ordered list of named tensors. The order of segments given by `segment_names` and of tensors within a
 segment is the one order of the exchange vector, for every engine.
@@ -55,6 +57,14 @@ def projection(modality: str) -> str:
     return f"{modality}.projection"
 
 
+def predictor(modality: str) -> str:
+    return f"{modality}.predictor"
+
+
+def classifier(modality: str) -> str:
+    return f"{modality}.classifier"
+
+
 HEAD = "head"
 
 
@@ -63,11 +73,22 @@ def prefix_chain(model: ModelDescription, modality: str) -> list[str]:
     return [stem(modality), *(layer(modality, i) for i in range(model.encoder(modality).layers))]
 
 
+def heads_of(model: ModelDescription, modality: str) -> list[str]:
+    """What follows the final norm of a modality, in exchange order: trained in every stage."""
+    objective = model.objective
+    names = [projection(modality)]
+    if objective.kind == "self_supervised" and objective.has_predictor:
+        names.append(predictor(modality))
+    if objective.kind == "supervised" and objective.blend.get(modality):
+        names.append(classifier(modality))
+    return names
+
+
 def segment_names(model: ModelDescription) -> list[str]:
     """All segments of the model in exchange order: encoder by encoder, the task head last."""
     names: list[str] = []
     for modality in model.modalities:
-        names += [*prefix_chain(model, modality), norm(modality), projection(modality)]
+        names += [*prefix_chain(model, modality), norm(modality), *heads_of(model, modality)]
     if model.objective.kind == "supervised":
         names.append(HEAD)
     return names

@@ -14,7 +14,7 @@ from math import ceil
 from lamina.errors import ConfigError
 from lamina.model import ModelDescription
 from lamina.plan import Stage, StrategyName
-from lamina.segments import HEAD, layer, norm, projection, segment_names, stem
+from lamina.segments import HEAD, heads_of, layer, norm, segment_names, stem
 
 
 def make_stages(
@@ -24,12 +24,14 @@ def make_stages(
     learning_rate: float | Sequence[float],
     layers_per_stage: int | Mapping[str, int] = 1,
     freeze_stems: bool = False,
+    rate_scales: Mapping[str, float] | None = None,
 ) -> tuple[Stage, ...]:
     """Stages of a strategy.
 
     `rounds` is the number of rounds of each stage, or the total, which is spread evenly with the remainder on the last
     stages. `learning_rate` is one value, or one for each stage. `layers_per_stage` may differ by modality. `freeze_stems`
     leaves the stems as they start, in every stage: a pretrained embedding table is large, and rarely worth training.
+    `rate_scales` are those of every stage (`lamina.plan.Stage`).
     Raises ConfigError if the lists do not have one entry for each stage.
     """
     if strategy == "end_to_end":
@@ -59,7 +61,7 @@ def make_stages(
         for modality in model.modalities:
             first, end = index * layers[modality], (index + 1) * layers[modality]
             attached = [layer(modality, i) for i in range(min(end, model.encoder(modality).layers))]
-            active |= {norm(modality), projection(modality)}
+            active |= {norm(modality), *heads_of(model, modality)}
             is_layerwise = strategy == "layerwise" and index > 0
             frozen |= set(attached[:first]) if is_layerwise else set()
             active |= set(attached[first:]) if is_layerwise else set(attached)
@@ -71,6 +73,7 @@ def make_stages(
                 frozen=tuple(name for name in order if name in frozen),
                 rounds=rounds_of[index],
                 learning_rate=rates[index],
+                rate_scales=dict(rate_scales or {}),
             )
         )
     return tuple(stages)

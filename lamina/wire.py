@@ -42,7 +42,8 @@ DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 RunState = Literal["running", "finished"]
-Phase = Literal["train", "evaluate"]
+Phase = Literal["train", "evaluate", "calibrate"]
+DeviceRole = Literal["device", "calibrator"]
 
 
 class Problem(Record):
@@ -82,9 +83,10 @@ class CheckIn(GrowingRecord):
     """A device asks for work and says what it has. `run` limits the answer to one run.
 
     `encodings` and `compressions` are what it can read and write; fp32 and no compression need not be listed.
+    A `calibrator` holds the server's own data: it gets phase `calibrate` and nothing else, and is no part of a cohort.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("encodings", "compressions")
+    LATER: ClassVar[tuple[str, ...]] = ("encodings", "compressions", "role")
 
     engine: EngineName
     modalities: tuple[Name, ...]
@@ -93,14 +95,20 @@ class CheckIn(GrowingRecord):
     run: str | None = None
     encodings: tuple[Encoding, ...] = ("fp32",)
     compressions: tuple[Compression, ...] = ("none",)
+    role: DeviceRole = "device"
 
 
 class Assignment(GrowingRecord):
-    """Work for one round. `weights` has the blob of each active and frozen segment of the stage, `manifest` is a blob too.
+    """Work for one round. `weights` has the blob of each active segment, and of each frozen segment that the features pass,
+    which with depth dropout are not all frozen ones of the stage; `manifest` is a blob too.
 
     Phase `train`: train the active segments from these weights, send the difference as `upload_encoding`.
     Phase `evaluate`: evaluate these weights on the device's test examples.
+    Phase `calibrate`: train all attached segments from these weights on the server's data, send the difference.
     The place in the round is kept for `lease_seconds`; checking in again renews it and gives the same work.
+
+    `modalities` are those that the device takes part with (empty: all): it trains and sends their segments and the head.
+    `teacher_weights` are the blobs, in fp32, of the segments at the end of the previous stage, where a program asks for them.
 
     The weights' blobs are tensor files in `download_encoding`. For a segment in `compressed_weights`, the blob named there
     holds the same file compressed as `download_compression` says: fetch it in place of the other one.
@@ -111,6 +119,8 @@ class Assignment(GrowingRecord):
         "download_compression",
         "compressed_weights",
         "upload_compression",
+        "modalities",
+        "teacher_weights",
     )
 
     kind: Literal["assignment"] = "assignment"
@@ -126,6 +136,8 @@ class Assignment(GrowingRecord):
     download_compression: Compression = "none"
     compressed_weights: dict[str, Sha256] = Field(default_factory=dict)
     upload_compression: Compression = "none"
+    modalities: tuple[Name, ...] = ()
+    teacher_weights: dict[str, Sha256] = Field(default_factory=dict)
 
 
 class Wait(Record):
@@ -198,9 +210,12 @@ class Published(Record):
 
 
 class DeviceReport(GrowingRecord):
-    """One device's update as accepted: the encoding of the weights it trained from, and of the update as it arrived."""
+    """One device's update as accepted: the encoding of the weights it trained from, and of the update as it arrived.
 
-    LATER: ClassVar[tuple[str, ...]] = ("download_encoding", "upload_encoding", "upload_compression")
+    `modalities` are those that it took part with; empty: all.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ("download_encoding", "upload_encoding", "upload_compression", "modalities")
 
     device: DeviceName
     engine: EngineName
@@ -208,6 +223,7 @@ class DeviceReport(GrowingRecord):
     download_encoding: Encoding = "fp32"
     upload_encoding: Encoding = "fp32"
     upload_compression: Compression = "none"
+    modalities: tuple[Name, ...] = ()
 
 
 class RoundStatus(GrowingRecord):

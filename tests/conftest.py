@@ -1,8 +1,13 @@
-"""Keys of their own for the tests: what signs or trusts in one, also in a child process, never touches the user's home."""
+"""What all rooms share: keys of their own, and folders that the test processes of a run have in common.
+
+What signs or trusts in a test, also in a child process, never touches the user's home. Lowering a program takes seconds, so
+what one test lowered is there for the others.
+"""
 
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -21,3 +26,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _made:
         shutil.rmtree(_made.pop(), ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all test processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "bundles"
+
+
+@pytest.fixture(scope="session")
+def program_cache(shared_folder: Path) -> Path:
+    """`$LAMINA_CACHE` where it is set, so that a repeated run need not lower again."""
+    return Path(os.environ.get("LAMINA_CACHE") or shared_folder / "programs")

@@ -1,7 +1,9 @@
 """Small plans of every strategy, objective and kind of input, and their bundles, exported once for all test processes."""
 
 import fcntl
+import os
 from pathlib import Path
+from typing import get_args
 
 from lamina.bundle import MANIFEST, read_bundle
 from lamina.manifest import Manifest
@@ -16,7 +18,7 @@ from lamina.model import (
     Supervised,
     TextTokens,
 )
-from lamina.plan import Plan, Training
+from lamina.plan import Plan, StrategyName, Training
 from lamina.strategies import make_stages
 
 MAX_BATCH = 4
@@ -66,9 +68,9 @@ def make_plan(model: ModelDescription, strategy: str = "layerwise", suffix: str 
 PLANS = {
     plan.name: plan
     for plan in (
-        *(make_plan(SUPERVISED, strategy) for strategy in ("layerwise", "progressive", "end_to_end")),
-        *(make_plan(CONTRASTIVE, strategy) for strategy in ("layerwise", "progressive", "end_to_end")),
-        make_plan(SENSORS),
+        make_plan(SUPERVISED),
+        # Deep stages of one modality for the supervised objective, and of two for the other: they take longest to lower.
+        *(make_plan(model, strategy) for model in (CONTRASTIVE, SENSORS) for strategy in get_args(StrategyName)),
     )
 }
 # A batch of 7 in micro-batches of 4: the programs are those of a batch of 4.
@@ -87,5 +89,7 @@ def shared_bundle(plan: Plan, engines: tuple[str, ...], folder: Path, cache: Pat
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / name / MANIFEST).exists():
-            export_bundle(plan, folder / name, engines, cache=cache)
+            # Beside another test process, a second one that lowers only starts the compilers once more.
+            workers = 1 if "PYTEST_XDIST_WORKER" in os.environ else None
+            export_bundle(plan, folder / name, engines, cache=cache, workers=workers)
     return folder / name, read_bundle(folder / name)

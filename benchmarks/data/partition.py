@@ -32,3 +32,8 @@ def even_rows(count: int, devices: int, seed: int) -> list[NDArray[np.intp]]:
     """Rows of each device, drawn at random, sizes differing by at most one."""
     rows = np.random.default_rng([seed, 3]).permutation(count)
     return [np.sort(part) for part in np.array_split(rows, devices)]
+
+
+def natural_rows(owner: NDArray[np.int64]) -> list[NDArray[np.intp]]:
+    """Rows of each device where the data have owners, such as a subject or a style: one device for each, by their numbers."""
+    return [np.flatnonzero(owner == each) for each in np.unique(owner)]

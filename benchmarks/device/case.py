@@ -58,6 +58,7 @@ class Program:
     inputs: tuple[Tensor, ...]
     max_batch: int
     precision: str
+    references: tuple[Any, ...] = ()
 
 
 class Reporter:
@@ -238,9 +239,10 @@ class EngineStep:
 
 
 def _optimizer(name: str, count: int) -> Any:
-    from edge_client.optimizers import AdamWOptimizer, SGDOptimizer
+    from edge_client.optimizers import make_optimizer
 
-    return AdamWOptimizer(count, RATE) if name == "adamw" else SGDOptimizer(count, RATE, MOMENTUM)
+    settings: dict[str, Any] = {"kind": name} | ({} if name == "adamw" else {"momentum": MOMENTUM})
+    return make_optimizer(settings, count, RATE)
 
 
 def _weight(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:

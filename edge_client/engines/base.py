@@ -1,8 +1,9 @@
 """What an engine is: it loads a program and runs it. Nothing else; rounds, optimisers and parameters live above it.
 
-Every program is a pure function of arrays (see `lamina.manifest`): weights come first, then the batch; the outputs of a
-`train` program are loss, correct and one gradient for each weight. So an engine needs two verbs, and the flat parameter
-and gradient vectors, accumulation and all checks are written once in `edge_client.stage_model`, for all engines.
+Every program is a pure function of arrays (see `lamina.manifest`): weights come first, then copies of some of them from
+another time if it asks for any, then the batch; the outputs of a `train` program are loss, correct and one gradient for each
+weight. So an engine needs two verbs, and the flat parameter and gradient vectors, references, accumulation and all checks are
+written once in `edge_client.stage_model`, for all engines.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class LoadedProgram(Protocol):
     """A program ready to run on this device, with one thread."""
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
-        """Outputs for contiguous float32 / int64 / int8 inputs in the program's order: weights, then batch inputs.
+        """Outputs for contiguous float32 / int64 / int8 inputs in the program's order: weights, references, batch inputs.
 
         Inputs are read in place and never changed. An output may be memory of the runtime: it is valid until the next
         call of this program, so copy or add it up before. Raises EngineError with the runtime's own words.
@@ -52,4 +53,5 @@ def program_arrays(program: ProgramShape) -> list[tuple[tuple[int, ...], np.dtyp
             arrays += [(shape, int8), (shape[:1], float32)]
         else:
             arrays.append((shape, float32))
+    arrays += [(program.weights[place], float32) for reference in program.references for place in reference.tensors]
     return arrays + [((program.max_batch, *spec.shape), np.dtype(spec.dtype)) for spec in program.inputs]

@@ -43,7 +43,7 @@ class ExecutorchProgram:
         if taken != self._planned:
             self.close()
             raise EngineError(f"program {path.name} takes arrays {_text(taken)}, but its manifest says {_text(self._planned)}")
-        self._num_weights = len(self._planned) - len(program.inputs)
+        self._num_weights = len(self._planned) - len(program.inputs)  # with references: those, too, are always the same arrays
         self._weights: list[Array | None] = [None] * self._num_weights
         self._described, self._views = b"", list[Array]()
 

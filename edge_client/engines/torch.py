@@ -31,7 +31,9 @@ class TorchProgram:
             raise EngineError(f"program {self._file} takes {self._num_arrays} arrays, given {len(arrays)}")
         tensors = [torch.from_numpy(array) for array in arrays]
         # Only float32 programs are differentiated, so a weight is one array here.
-        leaves = {"train": tensors[: self._num_weights], "backward": tensors[: self._num_weights], "loss": tensors}
+        weights = tensors[: self._num_weights]
+        embeddings = [tensor for tensor in tensors if tensor.is_floating_point()]  # and not the label, if there is one
+        leaves = {"train": weights, "backward": weights, "loss": embeddings}
         differentiated = leaves.get(self._role, [])
         try:
             with torch.set_grad_enabled(bool(differentiated)):

@@ -170,12 +170,12 @@ def _model(source: str, chosen: Sequence[str], file: Path | None) -> None:
     # While a layer is traced, the standard error itself is silent (`export.quiet`).
     with os.fdopen(os.dup(2), "w") as screen, Console(file=screen).status(f"reading {source}") as status:
         # A factory says nothing of the objective. Its layers are the same with any, and this one fits any modalities.
-        resolved = resolve(source, {"classes": _ANY_CLASSES} if is_factory(source) else None)
+        resolved = resolve(source, {"classes": _ANY_CLASSES} if is_factory(source) else None, check=False)
 
         def show(segment: str, done: int, total: int) -> None:
             status.update(f"tracing {segment} ({done} of {total} different segments)")
 
-        findings = examine(resolved.plan, resolved.model, engines, show)
+        findings = examine(resolved.plan, resolved.model, engines, show, resolved.faults)
     _show_findings(findings, resolved.plan, Console(highlight=False))
     _write(file, _findings_json(findings, resolved.plan))
     if any(finding.blocks(resolved.plan) for finding in findings):

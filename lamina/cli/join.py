@@ -5,12 +5,11 @@ from typing import Annotated
 
 import typer
 
-from lamina.errors import ConfigError
-from lamina.names import ENGINES
+from lamina.cli import device_options as options
 
 
 def join(
-    url: Annotated[str, typer.Argument(help="Address of the coordinator, such as https://host:8000.")],
+    url: options.Url,
     data: Annotated[
         Path,
         typer.Option(
@@ -18,35 +17,13 @@ def join(
             "test_label. It never leaves this machine.",
         ),
     ],
-    name: Annotated[str, typer.Option(help="Name of this device, unique at the coordinator: letters, digits, '.', '_', '-'.")],
-    engine: Annotated[str, typer.Option(help=f"Runtime that trains: {', '.join(ENGINES)}. It must be installed here.")],
-    state: Annotated[
-        Path,
-        typer.Option(
-            help="Folder that makes this device the same one after a restart: identity, downloads and cached features. "
-            "One folder for each device.",
-        ),
-    ],
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="File with the enrolment token; without it, LAMINA_TOKEN is read. Only needed the first time."),
-    ] = None,
-    run: Annotated[str | None, typer.Option(help="Take part in this run only; otherwise in any open run.")] = None,
-    until_finished: Annotated[
-        bool,
-        typer.Option(
-            "--until-finished",
-            help="Leave when no run is open any more, after at least one assignment was done; otherwise wait for the next.",
-        ),
-    ] = False,
-    resident: Annotated[
-        bool,
-        typer.Option(
-            "--resident",
-            help="Keep the talking and the training process between rounds: each round starts a second sooner, and the device "
-            "holds about 55 MiB more.",
-        ),
-    ] = False,
+    name: options.Name,
+    engine: options.Engine,
+    state: options.State,
+    token_file: options.TokenFile = None,
+    run: options.Run = None,
+    until_finished: options.UntilFinished = False,
+    resident: options.Resident = False,
     disk_mb: Annotated[
         int | None,
         typer.Option(
@@ -55,21 +32,8 @@ def join(
             "stored.",
         ),
     ] = None,
-    trust: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY",
-            help="Public key of the exporter, as `lamina key show` prints it there: programs that another key signed are "
-            "refused. Repeat it for more than one. Kept in the state folder; keys given now replace those kept. Without it, "
-            "the first key that the coordinator shows is kept, and its fingerprint told.",
-        ),
-    ] = None,
-    allow_unsigned: Annotated[
-        bool,
-        typer.Option(
-            "--allow-unsigned", help="Run programs that nobody signed. Whoever alters them on the way is then unseen."
-        ),
-    ] = False,
+    trust: options.Trust = None,
+    allow_unsigned: options.AllowUnsigned = False,
 ) -> None:
     """Train on this machine's data as a device of a coordinator.
 
@@ -77,24 +41,17 @@ def join(
     any moment; the same command goes on where it was. Training has a process of its own: if the runtime fails or memory runs
     out, that is one failed attempt, and the device goes on.
     """
-    from edge_client.start import start
-    from lamina.signing import key_text, parse_key
-
-    if engine not in ENGINES:
-        raise ConfigError(f"there is no engine {engine!r}; known: {', '.join(ENGINES)}")
-    start(
-        {
-            "url": url,
-            "data": str(data),
-            "name": name,
-            "engine": engine,
-            "state": str(state),
-            "token_file": str(token_file) if token_file else None,
-            "run": run,
-            "until_finished": until_finished,
-            "is_resident": resident,
-            "disk_bytes": None if disk_mb is None else disk_mb * 10**6,
-            "trust": [key_text(parse_key(key)) for key in trust or ()],
-            "allow_unsigned": allow_unsigned,
-        }
+    options.start_client(
+        url,
+        data,
+        name,
+        engine,
+        state,
+        token_file,
+        run,
+        until_finished,
+        resident,
+        trust,
+        allow_unsigned,
+        disk_bytes=None if disk_mb is None else disk_mb * 10**6,
     )

@@ -11,6 +11,7 @@ import typer
 from lamina import __version__
 from lamina.cli.assemble import assemble
 from lamina.cli.bench import bench
+from lamina.cli.calibrate import calibrate
 from lamina.cli.cost import cost
 from lamina.cli.data import data
 from lamina.cli.demo import demo
@@ -24,6 +25,7 @@ from lamina.cli.key import key
 from lamina.cli.publish import publish
 from lamina.cli.pull import pull
 from lamina.cli.serve import serve
+from lamina.cli.split import split
 from lamina.cli.status import status
 from lamina.errors import LaminaError, shown
 
@@ -37,13 +39,14 @@ app = typer.Typer(
     help="Train models on small machines one layer at a time, federated over many of them. "
     "The way of a model: export, serve, publish, join (on every device), status, pull, assemble; `demo` shows it all.",
 )
-VERBS = (demo, doctor, cost, export, inspect, fit, serve, publish, join, status, pull, assemble)
+VERBS = (demo, doctor, cost, export, inspect, fit, serve, publish, join, calibrate, status, pull, assemble)
 for verb in VERBS:
     app.command()(verb)
 app.add_typer(bench)
 app.add_typer(engine)
 app.add_typer(key)
 app.add_typer(data)
+app.add_typer(split)
 
 _EXTRA_OF_MODULE = {
     "torch": "export",

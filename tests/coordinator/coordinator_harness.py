@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -22,11 +23,13 @@ import httpx
 import numpy as np
 
 from coordinator.app import create_app
+from coordinator.calibration import calibration_specs
 from coordinator.settings import Settings
+from coordinator.tables import SCHEMA_VERSION, UPGRADES
 from lamina.bundle import sign_bundle
 from lamina.compression import Compression, compress
 from lamina.keys import own_key
-from lamina.manifest import Manifest, Program, StageCost, StagePrograms
+from lamina.manifest import Manifest, PartialStage, Program, ProgramReference, StageCost, StagePrograms
 from lamina.model import Encoder, ModelDescription, Projection, SensorWindows, Supervised
 from lamina.plan import Cohort, Plan, Training
 from lamina.segments import Segment, TensorSpec, segment_names
@@ -77,10 +80,14 @@ def make_bundle(
     download_encoding: Encoding = "fp32",
     compression: Compression = "none",
     seed: int = 0,
+    training: dict[str, Any] | None = None,
+    has_teacher: bool = False,
+    **settings: Any,
 ) -> Bundle:
     """A bundle of width 8 whose weights are random and whose programs are any bytes: the coordinator never looks inside.
 
-    `rounds` is the number for each stage, by default one.
+    `rounds` is the number for each stage, by default one. `training` and `settings` are further keys of the plan's training
+    and of the plan. With `has_teacher`, the programs of all stages but the first compare with the stage before.
     """
     window = SensorWindows(channels=2, samples=8, patch=4)
     model = ModelDescription(
@@ -94,8 +101,12 @@ def make_bundle(
         model=model,
         strategy=strategy,
         stages=make_stages(model, strategy, rounds or [1] * (1 if strategy == "end_to_end" else layers), 0.01),
-        training=Training(upload_encoding=encoding, download_encoding=download_encoding, compression=compression),
+        training=Training(
+            upload_encoding=encoding, download_encoding=download_encoding, compression=compression, **(training or {})
+        ),
         cohort=cohort or Cohort(size=2, min_updates=1, deadline_seconds=1000, lease_seconds=100),
+        seed=seed,
+        **settings,
     )
     blobs: dict[str, bytes] = {}
 
@@ -111,11 +122,19 @@ def make_bundle(
     weights = {segment.name: put(encode({t.name: _normal(random, t.shape) for t in segment.tensors})) for segment in segments}
     programs: dict[str, Program] = {}
 
-    def program(engine: str, role: str, stage: int) -> str:
-        digest = put(f"{engine} {role} {stage} {seed}".encode())
+    def program(engine: str, role: str, stage: int, what: str = "") -> str:
+        digest = put(f"{engine} {role} {stage} {seed} {what}".encode())
+        is_pupil = has_teacher and role == "train" and stage > 0
         shapes = ((WIDTH,),)
         programs[digest] = Program(
-            engine=engine, role=role, blob=digest, weights=shapes, inputs=(), max_batch=4, activation_bytes=0
+            engine=engine,
+            role=role,
+            blob=digest,
+            weights=shapes,
+            inputs=(),
+            max_batch=4,
+            activation_bytes=0,
+            references=(ProgramReference(kind="teacher", tensors=(0,)),) if is_pupil else (),
         )
         return digest
 
@@ -135,6 +154,16 @@ def make_bundle(
             index=stage.index,
             train={engine: program(engine, "train", stage.index) for engine in engines},
             eval={engine: program(engine, "eval", stage.index) for engine in engines},
+            partial=tuple(
+                PartialStage(
+                    modalities=subset,
+                    train={engine: program(engine, "train", stage.index, " ".join(subset)) for engine in engines},
+                    eval={engine: program(engine, "eval", stage.index, " ".join(subset)) for engine in engines},
+                    planned_bytes={engine: 1 for engine in engines},
+                )
+                for subset in plan.device_modalities
+            ),
+            calibrate={engine: program(engine, "train", stage.index, "all") for engine in engines if plan.calibration},
             cost=cost,
         )
         for stage in plan.stages
@@ -209,7 +238,8 @@ class Coordinator:
         return self.http.post("/v1/runs", content=manifest, headers={**self.admin, SIGNATURE_HEADER: signature})
 
     def join(self, name: str, **facts: Any) -> "Device":
-        answer = self.http.post("/v1/devices", json={"name": name}, headers=self.enroller)
+        token = self.admin if facts.get("role") == "calibrator" else self.enroller
+        answer = self.http.post("/v1/devices", json={"name": name}, headers=token)
         assert answer.status_code == 201, answer.text
         return Device(self, name, Enrolled.model_validate_json(answer.content), facts)
 
@@ -268,7 +298,9 @@ class Device:
 
     def specs(self, assignment: Assignment) -> list[TensorSpec]:
         manifest = Manifest.from_json(self.coordinator.blob(assignment.manifest))
-        return manifest.exchange_specs(assignment.stage)
+        if assignment.phase == "calibrate":
+            return calibration_specs(manifest, assignment.stage)
+        return manifest.exchange_specs(assignment.stage, assignment.modalities)
 
     def difference(self, assignment: Assignment) -> dict[str, Float32]:
         return difference_of(self.name, self.specs(assignment), assignment.stage, assignment.round)
@@ -315,7 +347,7 @@ class Device:
         """Asks for work and does it."""
         answer = self.check_in()
         if isinstance(answer, Assignment):
-            done = self.send(answer) if answer.phase == "train" else self.evaluate(answer)
+            done = self.evaluate(answer) if answer.phase == "evaluate" else self.send(answer)
             assert done.status_code == 200, done.text
         return answer
 
@@ -454,3 +486,24 @@ def poll(what: Callable[[], bool], seconds: float = 20) -> None:
 
 def as_json(answer: httpx.Response) -> Any:
     return json.loads(answer.content)
+
+
+def downgrade(state: Path, version: int) -> None:
+    """Makes the database of a stopped coordinator one of an older version: without the columns and tables of later ones."""
+    tables = {1: ["variants"], 2: ["calibrations", "teachers"]}
+    with sqlite3.connect(state / "coordinator.sqlite") as connection:
+        for later in range(version, SCHEMA_VERSION):
+            for table in tables[later]:
+                connection.execute(f"DROP TABLE {table}")
+            for statement in UPGRADES[later]:
+                _, _, table, _, _, column, *_ = statement.split()
+                connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        connection.execute(f"PRAGMA user_version = {version}")
+    connection.close()
+
+
+def schema_version(state: Path) -> int:
+    with sqlite3.connect(state / "coordinator.sqlite") as connection:
+        (found,) = connection.execute("PRAGMA user_version").fetchone()
+    connection.close()
+    return found

@@ -52,9 +52,10 @@ def test_the_enrolment_token_only_enrols(coordinator: InProcess, method: str, pa
     problem_of(coordinator.http.request(method, path, headers=coordinator.enroller), 401, "not-enrolled")
 
 
-def test_the_admin_token_is_no_device_and_enrols_none(coordinator: InProcess) -> None:
+def test_the_admin_token_is_no_device_and_a_device_token_enrols_none(coordinator: InProcess) -> None:
     problem_of(coordinator.http.post("/v1/check-in", headers=coordinator.admin), 401, "not-enrolled")
-    problem_of(coordinator.http.post("/v1/devices", json={"name": "x"}, headers=coordinator.admin), 401, "not-enrolled")
+    device = coordinator.join("phone")
+    problem_of(coordinator.http.post("/v1/devices", json={"name": "x"}, headers=device.headers), 401, "not-enrolled")
 
 
 def test_health_needs_no_token(coordinator: InProcess) -> None:

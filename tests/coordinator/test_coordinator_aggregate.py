@@ -141,3 +141,39 @@ def test_order_of_arrival_and_restarts_do_not_change_the_bytes_of_a_run(make_coo
                 coordinator.restart()
         outcomes.append(coordinator.weights())
     assert outcomes[0] == outcomes[1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=updates, rate=st.sampled_from([1.0, 0.5, 3.0]), data=st.data())
+def test_a_tensor_s_mean_is_over_the_updates_that_have_it(tmp_path_factory, drawn, rate, data) -> None:
+    """Each update has some of the tensors; what none has is the very start, also where that is minus zero."""
+    folder = tmp_path_factory.mktemp("partial")
+    start = {**START, "a/b": np.asarray(-0.0, np.float32)}
+    subsets = data.draw(st.lists(st.sets(st.sampled_from(SPECS)), min_size=len(drawn), max_size=len(drawn)))
+    contributions, held = [], []
+    for index, ((seed, scale, encoding, num_examples), subset) in enumerate(zip(drawn, subsets, strict=True)):
+        specs = [spec for spec in SPECS if spec in subset]
+        if not specs:
+            continue
+        values = {name: value for name, value in _values(seed, scale).items() if name in {spec.name for spec in specs}}
+        (folder / f"{index}").write_bytes(encode(values, encoding))
+        content = check_content(str(folder / f"{index}"), specs)
+        contributions.append(Contribution(content, num_examples, folder / f"{index}", specs))
+        held.append((dict(_stored(seed, scale, encoding)), {spec.name for spec in specs}, num_examples))
+
+    mean = weighted_mean(start, contributions, SPECS, rate)
+    again = weighted_mean(start, data.draw(st.permutations(contributions)), SPECS, rate)
+
+    assert {name: value.tobytes() for name, value in mean.items()} == {n: v.tobytes() for n, v in again.items()}
+    for spec in SPECS:
+        having = [(stored[spec.name], examples) for stored, names, examples in held if spec.name in names]
+        if not having:
+            assert mean[spec.name].tobytes() == start[spec.name].tobytes()
+            continue
+        exact = start[spec.name] + rate * sum(value * n for value, n in having) / sum(n for _, n in having)
+        np.testing.assert_allclose(mean[spec.name], exact, rtol=1e-6, atol=1e-6 * max(update[1] for update in drawn))
+
+
+def _values(seed: int, scale: float) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {spec.name: np.asarray(random.standard_normal(spec.shape) * scale, np.float32) for spec in SPECS}

@@ -1,7 +1,6 @@
 """How weights and updates travel: what is agreed with whom, what is refused, and that the master stays float32."""
 
 import json
-import sqlite3
 from io import StringIO
 from pathlib import Path
 
@@ -14,8 +13,10 @@ from coordinator_harness import (
     Device,
     InProcess,
     as_json,
+    downgrade,
     make_bundle,
     problem_of,
+    schema_version,
     tensors_of,
     work_until_finished,
 )
@@ -415,27 +416,18 @@ def test_a_plan_with_a_compression_that_is_not_installed_is_refused(coordinator:
     assert "pip install 'lamina[coordinator]'" in problem_of(answer, 422, "config")
 
 
-def test_a_database_of_the_first_version_is_taken_on(coordinator: InProcess) -> None:
-    """Its rows stand for devices and updates in fp32."""
+@pytest.mark.parametrize("version", range(1, SCHEMA_VERSION))
+def test_a_database_of_an_older_version_is_taken_on(coordinator: InProcess, version: int) -> None:
+    """The rows of the first stand for devices and updates in fp32, those of the second for devices with all modalities."""
     coordinator.publish(make_bundle(rounds=[1, 0]))
     a, b = coordinator.join("a", test_examples=4), coordinator.join("b")
     a.check_in()
     b.send(b.work())
     before = coordinator.status()
     coordinator.stop()
-    with sqlite3.connect(coordinator.state / "coordinator.sqlite") as connection:
-        connection.execute("DROP TABLE variants")
-        for table in ("places", "updates", "evaluations"):
-            columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
-            for column in columns:
-                if column.endswith("_encoding") or column.endswith("compression"):
-                    connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-        connection.execute("PRAGMA user_version = 1")
-    connection.close()
+    downgrade(coordinator.state, version)
 
     coordinator.start()
     assert coordinator.status() == before
     assert work_until_finished(coordinator, [a, b]).rounds[0].test_accuracy == 0.75
-    with sqlite3.connect(coordinator.state / "coordinator.sqlite") as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
-    connection.close()
+    assert schema_version(coordinator.state) == SCHEMA_VERSION

@@ -4,8 +4,8 @@ from tests.edge_client.tiny import TinyPrograms, make_data
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    return TinyPrograms(tmp_path_factory.mktemp("programs"))
+def programs(shared_folder):
+    return TinyPrograms(shared_folder / "tiny-programs")
 
 
 @pytest.fixture

@@ -110,14 +110,14 @@ def test_the_state_folder_does_not_grow_with_the_rounds(start, coordinator, tmp_
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_update_is_the_difference_by_the_names_of_the_exchange(start, programs, tmp_path, engine):
-    coordinator = FakeCoordinator(*programs.bundle(engine))
+    coordinator = FakeCoordinator(*programs.bundle(engine, count=1))
     coordinator.steps = coordinator.steps[:1]
     start(coordinator, engine=engine)
     (tmp_path / "update").write_bytes(coordinator.updates[0])
     update = decode_file(str(tmp_path / "update"), coordinator.manifest.exchange_specs(0))
     assert any(np.abs(value).max() > 1e-3 for value in update.values())
     assert all(np.abs(value).max() < 2 for value in update.values())
-    reference = FakeCoordinator(*programs.bundle("torch"))
+    reference = FakeCoordinator(*programs.bundle("torch", count=1))
     reference.steps = reference.steps[:1]
     start(reference, engine="torch", state=tmp_path / "reference")
     (tmp_path / "update").write_bytes(reference.updates[0])

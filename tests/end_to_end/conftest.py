@@ -1,5 +1,6 @@
 """A small run over real processes: one `lamina serve`, two `lamina join` with different engines, HTTP on loopback."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,46 +12,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.bundle import export_bundle
 from lamina.client import Client, read_token
+from lamina.manifest import ENGINES as ALL_ENGINES
 from lamina.manifest import EngineName, Manifest
-from lamina.model import AudioFrames, Encoder, ImagePatches, ModelDescription, Projection, Supervised
 from lamina.plan import SGD, Cohort, Plan, Training
 from lamina.strategies import make_stages
 from lamina.wire import RunStatus
+from tests.small_plans import MAX_BATCH, SUPERVISED, make_plan, shared_bundle
 
 ENGINES: tuple[EngineName, ...] = ("executorch", "onnxruntime")
 TIMEOUT_SECONDS = 120
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """Three stages of 1, 1 and 2 rounds; training takes long enough to be interrupted."""
-    model = ModelDescription(
-        name="tiny",
-        encoders=(
-            Encoder(
-                modality="image",
-                input=ImagePatches(channels=1, height=8, width=8, patch=4),
-                width=16,
-                heads=2,
-                layers=3,
-            ),
-            Encoder(modality="audio", input=AudioFrames(frames=4, coefficients=5), width=16, heads=2, layers=3),
-        ),
-        projection=Projection(hidden=16, output=8),
-        objective=Supervised(classes=4),
-    )
+def bundle(shared_folder: Path, program_cache: Path) -> tuple[Path, Manifest]:
+    """Three stages of 1, 1 and 2 rounds; training takes long enough to be interrupted.
+
+    The model is that of the conformance suite with one more layer, so all its programs are those of that suite.
+    """
+    # Made, or waited for where another test process is at it, so that no program is lowered twice.
+    shared_bundle(make_plan(SUPERVISED), ALL_ENGINES, shared_folder, program_cache)
+    image, audio = SUPERVISED.encoders
+    model = SUPERVISED.model_copy(update={"name": "deep", "encoders": (image.model_copy(update={"layers": 3}), audio)})
     plan = Plan(
-        name="tiny",
+        name="deep",
         model=model,
         strategy="layerwise",
         stages=make_stages(model, "layerwise", rounds=[1, 1, 2], learning_rate=0.02),
-        training=Training(batch_size=8, local_epochs=120, optimizer=SGD(momentum=0.9)),
+        training=Training(batch_size=MAX_BATCH, local_epochs=60, optimizer=SGD(momentum=0.9)),
         cohort=Cohort(size=2, min_updates=2, lease_seconds=60),
     )
-    folder = tmp_path_factory.mktemp("bundle")
-    return folder, export_bundle(plan, folder, ENGINES)
+    return shared_bundle(plan, ENGINES, shared_folder, program_cache)
 
 
 @pytest.fixture(scope="session")
@@ -58,15 +50,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Four classes that differ in the mean of both modalities; 100 training and 40 test examples for each device."""
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(7)
-    image_of, audio_of = rng.normal(size=(4, 1, 8, 8)), rng.normal(size=(4, 4, 5))
+    image_of, audio_of = (rng.normal(size=(4, *encoder.input.shape)) for encoder in SUPERVISED.encoders)
     files = []
     for device in range(len(ENGINES)):
         arrays = {}
         for split, count in (("train", 100), ("test", 40)):
             label = rng.integers(0, 4, count)
             arrays[f"{split}_label"] = label.astype(np.int64)
-            arrays[f"{split}_image"] = (image_of[label] + rng.normal(size=(count, 1, 8, 8))).astype(np.float32)
-            arrays[f"{split}_audio"] = (audio_of[label] + rng.normal(size=(count, 4, 5))).astype(np.float32)
+            arrays[f"{split}_image"] = (image_of[label] + rng.normal(size=(count, *image_of.shape[1:]))).astype(np.float32)
+            arrays[f"{split}_audio"] = (audio_of[label] + rng.normal(size=(count, *audio_of.shape[1:]))).astype(np.float32)
         files.append(folder / f"device-{device}.npz")
         np.savez(files[-1], **arrays)
     return files
@@ -165,9 +157,18 @@ def make_house(tmp_path: Path, bundle: tuple[Path, Manifest], data: list[Path]) 
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, bundle: tuple[Path, Manifest], data: list[Path]) -> RunStatus:
-    """The run that nothing interrupts: what every interrupted one has to equal."""
-    house = House(tmp_path_factory.mktemp("undisturbed"), *bundle, data)
+def undisturbed(shared_folder: Path, bundle: tuple[Path, Manifest], data: list[Path]) -> RunStatus:
+    """The run that nothing interrupts: what every interrupted one has to equal. One for all test processes."""
+    told = shared_folder / "undisturbed.json"
+    with told.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            told.write_bytes(_run_undisturbed(shared_folder / "undisturbed", bundle, data).to_json())
+    return RunStatus.from_json(told.read_bytes())
+
+
+def _run_undisturbed(folder: Path, bundle: tuple[Path, Manifest], data: list[Path]) -> RunStatus:
+    house = House(folder, *bundle, data)
     try:
         house.start_coordinator()
         run = house.publish()

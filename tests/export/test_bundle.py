@@ -1,5 +1,7 @@
 """A bundle: complete, without weights in its programs, shared where graphs are equal, the same every time."""
 
+from shutil import copytree
+
 import numpy as np
 import onnx
 import pytest
@@ -14,18 +16,30 @@ from lamina.bundle import BLOBS, MANIFEST, blob_path, read_bundle
 from lamina.errors import BundleError, ConfigError, CutError, ExportError, HashMismatchError, ParityError
 from lamina.segments import TensorSpec
 from lamina.tensors import decode_file
-from tests.export.tiny import LAYERS, ONE, TOKENS, TWO, WIDTH, export_tiny, model_of, one_stage, plan_of
+from tests.export.tiny import AUDIO, MOTION, ONE, TOKENS, WIDTH, describe, export_tiny, model_of, one_stage, plan_of
+
+# Three stages, of which the last two are equal; one modality's layers show that, and less is to be lowered.
+DEEP = describe(AUDIO, MOTION.model_copy(update={"layers": 1}))
+ENGINES = ("onnxruntime", "torch")
+
+
+@pytest.fixture
+def cache(program_cache):
+    return program_cache
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("programs")
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, cache):
+def exported(tmp_path_factory, program_cache):
     folder = tmp_path_factory.mktemp("exported") / "bundle"
-    return folder, export_tiny(folder, cache, ("onnxruntime", "torch"), plan=plan_of(TWO))
+    return folder, export_tiny(folder, program_cache, ENGINES, plan=plan_of(DEEP))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, program_cache):
+    """One stage for both engines: the folder, the manifest, and what was told of the progress. Tests alter copies of it."""
+    folder, seen = tmp_path_factory.mktemp("small") / "bundle", []
+    manifest = export_tiny(folder, program_cache, ENGINES, on_progress=lambda *report: seen.append(report))
+    return folder, manifest, seen
 
 
 def test_round_trip(exported):
@@ -37,7 +51,7 @@ def test_round_trip(exported):
 
 def test_initial_weights_are_the_models_under_local_names(exported):
     folder, manifest = exported
-    for name, module in model_of(TWO).segments().items():
+    for name, module in model_of(DEEP).segments().items():
         stored = decode_file(str(blob_path(folder, manifest.initial_weights[name])), manifest.segment(name).tensors)
         assert all(np.array_equal(stored[key], value.detach().numpy()) for key, value in module.named_parameters())
 
@@ -49,7 +63,9 @@ def test_later_stages_and_equal_layers_share_their_programs(exported):
         assert stages[1] == stages[2] != stages[0]
         frozen = manifest.frozen_programs[engine]
         assert set(frozen) == set(manifest.plan.stages[-1].frozen)
-        assert len({frozen[f"{m}.layers.{i}"] for m in ("audio", "motion") for i in range(LAYERS - 1)}) == 1
+        layers = {name: program for name, program in frozen.items() if ".layers." in name}
+        assert set(layers) == {"audio.layers.0", "audio.layers.1", "motion.layers.0"}
+        assert len(set(layers.values())) == 1
         # Two kinds of stage, two stems, one layer.
         assert sum(program.engine == engine for program in manifest.programs.values()) == 2 * files_per_stage + 3
 
@@ -87,13 +103,13 @@ def test_a_second_export_takes_all_programs_from_the_cache_and_is_identical(tmp_
 
     monkeypatch.setattr("export.worker._Process", refuse)
     folder, _ = exported
-    export_tiny(tmp_path / "again", cache, ("onnxruntime", "torch"), plan=plan_of(TWO))
+    export_tiny(tmp_path / "again", cache, ENGINES, plan=plan_of(DEEP))
     assert (tmp_path / "again" / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
 
 
-def test_the_seed_decides_the_weights_and_not_the_programs(tmp_path, cache):
-    first = export_tiny(tmp_path / "a", cache)
-    other = export_tiny(tmp_path / "b", cache, plan=one_stage(plan_of()).model_copy(update={"seed": 1}))
+def test_the_seed_decides_the_weights_and_not_the_programs(tmp_path, cache, small):
+    _, first, _ = small
+    other = export_tiny(tmp_path / "b", cache, ENGINES, plan=one_stage(plan_of()).model_copy(update={"seed": 1}))
     assert first.programs == other.programs
     assert first.initial_weights["audio.layers.0"] != other.initial_weights["audio.layers.0"]
 
@@ -116,26 +132,25 @@ def test_a_damaged_cache_entry_is_made_again(tmp_path):
     assert cache.get("other") is None
 
 
-def test_progress_counts_up_to_the_end(tmp_path, cache):
-    seen = []
-    export_tiny(tmp_path / "p", cache, on_progress=lambda *report: seen.append(report))
+def test_progress_counts_up_to_the_end(small):
+    *_, seen = small
     for phase in ("trace", "lower"):
         counts = [(done, total) for name, done, total in seen if name == phase]
         assert [done for done, _ in counts] == list(range(counts[-1][1] + 1))
 
 
-def test_exporting_again_into_the_same_folder_is_allowed_and_removes_what_is_stale(tmp_path, cache):
-    export_tiny(tmp_path / "b", cache, ("torch", "onnxruntime"))
+def test_exporting_again_into_the_same_folder_is_allowed_and_removes_what_is_stale(tmp_path, cache, small):
+    copytree(small[0], tmp_path / "b")
     manifest = export_tiny(tmp_path / "b", cache, ("torch",))
-    assert {path.name for path in (tmp_path / "b" / BLOBS).iterdir()} == set(manifest.blobs)
+    assert {path.name for path in (tmp_path / "b" / BLOBS).iterdir()} == set(manifest.blobs) < set(small[1].blobs)
 
 
-def test_folders_that_hold_something_else_are_refused(tmp_path, cache):
+def test_folders_that_hold_something_else_are_refused(tmp_path, cache, small):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds other files \(a\.txt\)"):
         export_tiny(tmp_path / "notes", cache)
-    export_tiny(tmp_path / "bundle", cache)
+    copytree(small[0], tmp_path / "bundle")
     with pytest.raises(ConfigError, match="bundle of another plan"):
         export_tiny(tmp_path / "bundle", cache, plan=one_stage(plan_of(batch_size=8)))
     with pytest.raises(ConfigError, match="is a file"):
@@ -157,8 +172,9 @@ def test_a_model_that_cannot_be_cut_writes_nothing(tmp_path, cache):
     assert not (tmp_path / "none").exists()
 
 
-def test_altered_and_missing_blobs_are_refused(tmp_path, cache):
-    manifest = export_tiny(tmp_path / "b", cache)
+def test_altered_and_missing_blobs_are_refused(tmp_path, small):
+    copytree(small[0], tmp_path / "b")
+    manifest = read_bundle(tmp_path / "b")
     path = blob_path(tmp_path / "b", manifest.initial_weights["head"])
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -172,7 +188,7 @@ def test_altered_and_missing_blobs_are_refused(tmp_path, cache):
 def test_a_program_that_computes_something_else_is_refused(exported):
     folder, manifest = exported
     data = blob_path(folder, manifest.frozen_programs["onnxruntime"]["audio.layers.0"]).read_bytes()
-    layer = model_of(TWO).segments()["audio.layers.0"]
+    layer = model_of(DEEP).segments()["audio.layers.0"]
     x = (torch.randn(2, TOKENS, WIDTH),)
     check_parity(data, "onnxruntime", "frozen", "the layer", layer, x)
     layer.attention.heads = 4  # the program was made with two

@@ -12,7 +12,7 @@ from export.adapters.common import run_trunk
 from export.bundle import export_bundle
 from export.convolutions import convolution, convolution_backward, max_pool_backward
 from export.cut import cut_stage, find_pools, find_segments
-from export.decompositions import LEAN
+from export.decompositions import LEAN, constant_pad
 from export.parity import check_parity
 from export.recipe import resolve
 from export.rewrites import fold_batch_norm
@@ -190,3 +190,10 @@ def test_a_pool_that_gives_another_width_in_the_middle_is_refused_with_the_way_o
     segments = find_segments(found.model, found.plan.model)
     with pytest.raises(CutError, match=r"stage 0 ends .*makes \(2, 4\) of 2 samples.* take \(2, 8\).*fill up with zeros"):
         cut_stage(segments, found.plan.model, found.plan.stages[0], pools=find_pools(found.model, found.plan.model))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-2, 2), min_size=2, max_size=4).filter(lambda widths: len(widths) % 2 == 0 and min(widths) < 0))
+def test_a_pad_by_negative_widths_is_made_of_slices(widths):
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(constant_pad(x, widths, 1.5), torch.ops.aten.constant_pad_nd(x, widths, 1.5))

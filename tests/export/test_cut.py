@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from export.cut import cut_stage, example_inputs, find_segments
+from export.cut import cut_stage, example_inputs, find_pools, find_segments, locate_pools, locate_segments, run_segment
 from export.trace import forward_graph
 from lamina.errors import CutError
 from lamina.model import Contrastive, ModelDescription, TextTokens
+from lamina.segments import segment_names
 from tests.export.tiny import AUDIO, LAYERS, ONE, TOKENS, TWO, WIDTH, Doubling, describe, model_of, plan_of
 
 
@@ -138,3 +139,51 @@ def test_what_cannot_be_cut_is_refused_by_name_with_the_way_out(spoil, words):
     spoil(model)
     with pytest.raises(CutError, match=words):
         find_segments(model, ONE)
+
+
+class Raising(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyError("mask"), AttributeError("no head"), AssertionError(), NotImplementedError("later")])
+def test_whatever_a_layer_raises_is_refused_with_its_name_and_the_cause(error):
+    model = model_of()
+    model.encoders["audio"].layers[1] = Raising(error)
+    with pytest.raises(CutError, match=rf"audio\.layers\.1 cannot take .*\(2, 4, 16\).*{type(error).__name__}") as refused:
+        find_segments(model, ONE)
+    assert refused.value.__cause__ is error
+
+
+def test_a_keyboard_interrupt_is_no_fault_of_the_layer():
+    with pytest.raises(KeyboardInterrupt):
+        run_segment("audio.layers.1", Raising(KeyboardInterrupt()), torch.zeros(2))
+
+
+@pytest.mark.parametrize("spoil", [tie, orphan, double_tokens, add_batch_norm, halve, to_meta, recurrent])
+def test_faulty_segments_are_located_all_the_same(spoil):
+    model = model_of()
+    spoil(model)
+    found = locate_segments(model, ONE)
+    assert list(found) == segment_names(ONE)
+    assert found["audio.layers.1"] is model.encoders["audio"].layers[1]
+
+
+@pytest.mark.parametrize("spoil", [drop_layers, drop_norm, drop_encoder, drop_one_layer])
+def test_missing_parts_are_refused_while_segments_are_located(spoil):
+    model = model_of()
+    spoil(model)
+    with pytest.raises(CutError):
+        locate_segments(model, ONE)
+
+
+def test_a_pool_with_parameters_is_located_and_refused():
+    model = model_of()
+    model.encoders["audio"].pool = nn.Linear(2, 2)
+    assert locate_pools(model, ONE) == {"audio": model.encoders["audio"].pool}
+    with pytest.raises(CutError, match=r"pool has parameters.*move them into `norm`"):
+        find_pools(model, ONE)

@@ -1,13 +1,19 @@
 """`lamina doctor PLAN`: every fault of a layer gets its reason and remedy, and holds back no other layer."""
 
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from export.doctor import Finding, examine
 from export.models import Layer
+from export.recipe import resolve
+from export.trunk import MeanTokens, Trunk
+from lamina.cli.main import app
 from lamina.errors import CutError
-from lamina.model import TextTokens
+from lamina.model import TextTokens, Values
 from lamina.names import ENGINES
 from lamina.plan import Plan, Stage
 from tests.export.tiny import AUDIO, LAYERS, MOTION, ONE, TOKENS, TWO, WIDTH, Doubling, describe, model_of, plan_of
@@ -105,6 +111,20 @@ class Scaled(Numbered):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.linear(x) / self.number
+
+
+class WithBuffer(Linear):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+class LosesTheBatch(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).mean(0)
 
 
 class NoPool(nn.Module):
@@ -284,5 +304,137 @@ def test_a_model_without_the_parts_is_refused_as_a_whole() -> None:
         examine(plan_of(ONE), nn.Linear(2, 2), ("torch",))
     model = model_of(ONE)
     del model.encoders["audio"].layers[2]
-    with pytest.raises(CutError, match="2 layers, the plan says 3"):
+    with pytest.raises(CutError, match=r"only in the description \['audio\.layers\.2'\].*make the two agree"):
         examine(plan_of(ONE), model, ("torch",))
+
+
+class Mine(nn.Module):
+    """A user's model, which its factory alone describes: three equal layers around one more."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.input = Values(shape=(TOKENS, 3))
+        self.stem = nn.Linear(3, WIDTH)
+        self.layers = nn.ModuleList([Numbered(1), layer, Numbered(1), Numbered(1)])
+
+
+def sound() -> nn.Module:
+    return Mine(Numbered(1))
+
+
+def half_layer() -> nn.Module:
+    return Mine(Numbered(1).half())
+
+
+def layer_without_values() -> nn.Module:
+    return Mine(Numbered(1).to("meta"))
+
+
+def layer_with_buffer() -> nn.Module:
+    return Mine(WithBuffer())
+
+
+def raising_layer() -> nn.Module:
+    return Mine(Raises())
+
+
+def layer_that_loses_the_batch() -> nn.Module:
+    return Mine(LosesTheBatch())
+
+
+def layer_that_normalises_batches() -> nn.Module:
+    return Mine(nn.BatchNorm1d(TOKENS, track_running_stats=False))
+
+
+def half_trunk() -> Trunk:
+    made = half_layer()
+    return Trunk(made.stem, tuple(made.layers), nn.Identity(), MeanTokens(), made.input)
+
+
+def half_layer_and_a_spare_one() -> nn.Module:
+    made = half_layer()
+    made.spare = nn.Linear(2, 2, bias=False).half()
+    return made
+
+
+def by_segment(source: str, changes: dict[str, int] | None = None) -> dict[str, Finding]:
+    """Segment -> finding, as `lamina doctor` has it. Only torch is asked: faults of a layer are the same on every engine."""
+    read = resolve(source, changes, check=False)
+    found = examine(read.plan, read.model, ("torch",), faults=read.faults)
+    assert all(each.blocks(read.plan) for each in found if each.reason)
+    return {segment: each for each in found for segment in each.segments}
+
+
+def of_factory(name: str) -> dict[str, Finding]:
+    return by_segment(f"{__name__}:{name}", {"classes": 3})
+
+
+FAULTY = "signal.layers.1"
+SEGMENTS = ["signal.stem", *(f"signal.layers.{i}" for i in range(4)), "signal.norm", "signal.projection", "head"]
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason", "remedy"),
+    [
+        ("half_layer", "parameter 'linear.weight' is torch.float16", "model.float()"),
+        ("half_trunk", "parameter 'linear.weight' is torch.float16", "model.float()"),
+        ("layer_without_values", "parameter 'linear.weight' is on meta", "model.cpu()"),
+        ("layer_with_buffer", "buffer 'scale'", "LayerNorm"),
+        ("layer_that_normalises_batches", "track_running_stats=False", "GroupNorm"),
+    ],
+)
+def test_a_faulty_layer_of_a_factory_leaves_every_other_segment_as_it_is(factory: str, reason: str, remedy: str) -> None:
+    found = of_factory(factory)
+
+    assert sorted(found) == sorted(SEGMENTS)
+    assert reason in found[FAULTY].reason and remedy in found[FAULTY].remedy
+    assert not found[FAULTY].trains and not found[FAULTY].runs_frozen
+    assert all(each.trains and not each.reason for name, each in found.items() if name != FAULTY)
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason", "remedy"),
+    [
+        ("raising_layer", "it raises KeyError for an input of shape (2, 4, 16)", "forward()"),
+        ("layer_that_loses_the_batch", "it gives shape (4, 16) for 2 samples", "first axis"),
+    ],
+)
+def test_behind_a_layer_that_fails_the_input_is_not_known_and_that_is_said(factory: str, reason: str, remedy: str) -> None:
+    found = of_factory(factory)
+    behind = SEGMENTS[SEGMENTS.index(FAULTY) + 1 : -1]
+
+    assert sorted(found) == sorted(SEGMENTS)
+    assert reason in found[FAULTY].reason and remedy in found[FAULTY].remedy
+    assert all(found[name].trains and not found[name].reason for name in ("signal.stem", "signal.layers.0", "head"))
+    assert not any(found[name].trains for name in behind)
+    assert all("shape of its input is not known, as signal.layers.1 fails" in found[name].reason for name in behind)
+    assert all(found[name].remedy == "mend signal.layers.1 first" for name in behind)
+
+
+def test_where_a_plan_has_the_shapes_the_layers_behind_a_failing_one_are_looked_at(tmp_path) -> None:
+    file = tmp_path / "plan.json"
+    plan = resolve(f"{__name__}:sound", {"classes": 3}).plan
+    file.write_text(plan.to_json().decode().replace(f"{__name__}:sound", f"{__name__}:raising_layer"))
+
+    found = by_segment(str(file))
+
+    assert "raises KeyError" in found[FAULTY].reason
+    assert all(found[name].trains and not found[name].reason for name in SEGMENTS if name != FAULTY)
+
+
+def test_a_faulty_tensor_that_no_segment_has_is_told_beside_the_segments() -> None:
+    found = of_factory("half_layer_and_a_spare_one")
+
+    assert set(found) - set(SEGMENTS) == {"(signal: spare.weight)"}
+    assert "torch.float16" in found["(signal: spare.weight)"].reason and "float16" in found[FAULTY].reason
+
+
+def test_the_command_lists_all_segments_of_a_faulty_model_and_ends_with_status_1(tmp_path) -> None:
+    arguments = ["doctor", f"{__name__}:half_layer", "--engine", "onnxruntime", "--json", str(tmp_path / "found.json")]
+
+    done = CliRunner().invoke(app, arguments)
+
+    rows = json.loads((tmp_path / "found.json").read_bytes())["findings"]
+    assert done.exit_code == 1 and "cannot be exported for: onnxruntime" in done.output
+    assert sorted(name for row in rows for name in (row["segment"], *row["like"])) == sorted(SEGMENTS)
+    assert [row["segment"] for row in rows if not row["trains"]] == [FAULTY]

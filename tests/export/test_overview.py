@@ -5,8 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from export.cache import default_cache
 from lamina.cli.main import app
+from lamina.manifest import ENGINES
 from lamina.overview import TRAINING_FACTOR, overview, plan_picture
 from tests.small_plans import CONTRASTIVE, SUPERVISED, make_plan, shared_bundle
 
@@ -14,10 +14,8 @@ from tests.small_plans import CONTRASTIVE, SUPERVISED, make_plan, shared_bundle
 @pytest.fixture(
     scope="module", params=[(SUPERVISED, "layerwise"), (CONTRASTIVE, "progressive")], ids=["layerwise", "progressive"]
 )
-def bundle(request, tmp_path_factory):
-    return shared_bundle(
-        make_plan(*request.param), ("onnxruntime", "torch"), tmp_path_factory.mktemp("bundle"), default_cache()
-    )
+def bundle(request, shared_folder, program_cache):
+    return shared_bundle(make_plan(*request.param), ENGINES, shared_folder, program_cache)
 
 
 def test_modalities_add_up_to_the_stage(bundle):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from export.cache import default_cache
 from export.models import build_model
 from tests.small_plans import SENSORS, make_plan, shared_bundle
 
@@ -16,8 +15,8 @@ PLAN = make_plan(SENSORS)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return shared_bundle(PLAN, ("onnxruntime", "torch"), tmp_path_factory.mktemp("bundle"), default_cache())[0]
+def folder(shared_folder, program_cache):
+    return shared_bundle(PLAN, ("onnxruntime", "torch"), shared_folder, program_cache)[0]
 
 
 def blob(folder, digest):

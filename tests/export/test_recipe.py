@@ -151,6 +151,40 @@ def test_a_factory_that_fails_is_refused_with_the_reason(factory, error, message
         resolve(factory, {"classes": 3})
 
 
+DOCTORED = "tests.export.test_doctor"
+
+
+@pytest.mark.parametrize(
+    "factory, message",
+    [
+        ("half_layer", r"layers\.1\.linear\.weight' is torch\.float16.*call model\.float\(\)"),
+        ("layer_with_buffer", r"buffer '2\.scale'.*use LayerNorm"),
+        ("raising_layer", r"signal\.layers\.1 cannot take an input of shape \(2, 4, 16\).*KeyError: 'no such thing'"),
+    ],
+)
+def test_what_the_doctor_reads_to_the_end_an_export_refuses_at_once(tmp_path, factory, message):
+    with pytest.raises(CutError, match=message):
+        resolve(f"{DOCTORED}:{factory}", {"classes": 3})
+    refused = CliRunner().invoke(app, ["export", f"{DOCTORED}:{factory}", "--classes", "3", "--out", str(tmp_path / "b")])
+    assert isinstance(refused.exception, CutError) and not (tmp_path / "b").exists()
+    assert resolve(f"{DOCTORED}:{factory}", {"classes": 3}, check=False).plan.model.encoder("signal").layers == 4
+
+
+def test_a_sound_model_is_read_the_same_without_checks(tmp_path):
+    for source in (f"{HERE}:three", write(tmp_path, TOML)):
+        changes = {"classes": 3} if is_factory(source) else None
+        checked, read = resolve(source, changes), resolve(source, changes, check=False)
+        assert read.plan == checked.plan and not read.faults and not checked.faults
+        one, other = checked.model.state_dict(), read.model.state_dict()
+        assert list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_what_is_no_fault_of_a_layer_is_refused_without_checks_as_well():
+    for factory, error in (("a_number", CutError), ("raises", ExportError), ("not_a_function", ConfigError)):
+        with pytest.raises(error):
+            resolve(f"{HERE}:{factory}", {"classes": 3}, check=False)
+
+
 def test_no_layers_is_said_so(tmp_path):
     with pytest.raises(CutError, match="layers"):
         resolve(write(tmp_path, TOML.replace("width = 12", "layers = 0")))

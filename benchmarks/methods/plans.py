@@ -1,0 +1,125 @@
+"""The methods that are compared. A method is a function of (model, rounds, clients, seed) that gives a plan; a line in
+`METHODS`, in `OPTIONS` (one change each of a layer-wise plan), or in `SELF_SUPERVISED` for data whose labels are only looked
+at by a probe, adds one.
+
+All of a family are given the same rounds, local epochs, batch and optimiser. A stage's learning rate is the demo's for its
+strategy (`benchmarks.demo_plan`), where it was chosen on AV-Digits for all three; self-supervised stages have one rate.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.demo_plan import LEARNING_RATE, skewed_rounds
+from lamina.model import ModelDescription, SelfSupervised
+from lamina.plan import SGD, AdamW, Augmentation, Cohort, DepthDropout, FeatureStore, Plan, StrategyName, Training
+from lamina.strategies import make_stages
+
+MakePlan = Callable[[ModelDescription, int, int, int], Plan]
+
+BATCH, LOCAL_EPOCHS = 16, 2
+BASELINE, SELF_SUPERVISED_BASELINE = "end_to_end", "fedssl"
+
+
+def strategy_plan(
+    model: ModelDescription,
+    rounds: int,
+    clients: int,
+    seed: int,
+    strategy: StrategyName,
+    layers_per_stage: int = 1,
+    more: Mapping[str, Any] | None = None,
+    objective: Mapping[str, Any] | None = None,
+    **training: object,
+) -> Plan:
+    """A plan of one of the three strategies. `training` changes single settings of `lamina.plan.Training`, `more` of
+    `lamina.plan.Plan`, and `objective` of the model's objective."""
+    if objective:
+        changed = type(model.objective).model_validate(model.objective.model_dump() | objective)
+        model = model.model_copy(update={"objective": changed})
+    most = max(encoder.layers for encoder in model.encoders)
+    num_stages = 1 if strategy == "end_to_end" else -(-most // layers_per_stage)
+    settings = {"batch_size": BATCH, "local_epochs": LOCAL_EPOCHS, "optimizer": AdamW(weight_decay=0.01)} | training
+    return Plan(
+        name=model.name,
+        model=model,
+        strategy=strategy,
+        stages=make_stages(
+            model, strategy, skewed_rounds(rounds, num_stages), LEARNING_RATE[strategy], layers_per_stage=layers_per_stage
+        ),
+        training=Training.model_validate(settings),
+        cohort=Cohort(size=clients, min_updates=clients),
+        seed=seed,
+        **(more or {}),
+    )
+
+
+def self_supervised_plan(
+    model: ModelDescription,
+    rounds: int,
+    clients: int,
+    seed: int,
+    strategy: StrategyName,
+    objective: SelfSupervised,
+    learning_rate: float = 1e-3,
+    **training: object,
+) -> Plan:
+    """The model's encoder with a self-supervised objective; rounds are spread evenly over the stages, as in the papers."""
+    (encoder,) = model.encoders
+    is_image = encoder.input.kind in ("image", "image_patches")
+    settings = {
+        "batch_size": 64,
+        "local_epochs": LOCAL_EPOCHS,
+        "optimizer": AdamW(weight_decay=1e-5),
+        "augmentation": {encoder.modality: Augmentation(shift=4, noise=0.1, flip=is_image)},
+        "features": FeatureStore(views=8),
+    }
+    model = model.model_copy(update={"objective": objective})
+    return Plan(
+        name=model.name,
+        model=model,
+        strategy=strategy,
+        stages=make_stages(model, strategy, rounds, learning_rate),
+        training=Training.model_validate(settings | training),
+        cohort=Cohort(size=clients, min_updates=clients),
+        seed=seed,
+    )
+
+
+METHODS: dict[str, MakePlan] = {
+    "end_to_end": lambda *given: strategy_plan(*given, "end_to_end"),
+    "layerwise": lambda *given: strategy_plan(*given, "layerwise"),
+    "layerwise_2": lambda *given: strategy_plan(*given, "layerwise", 2),
+    "progressive": lambda *given: strategy_plan(*given, "progressive"),
+}
+
+_ZERO: dict[str, Any] = {"zero_init": True}
+_DISTILL: dict[str, Any] = {"distill": 0.5}
+OPTIONS: dict[str, MakePlan] = {
+    "lw_zero_init": lambda *given: strategy_plan(*given, "layerwise", more=_ZERO),
+    "lw_warm_up": lambda *given: strategy_plan(*given, "layerwise", warm_up_rounds=1),
+    "lw_keep_optimizer": lambda *given: strategy_plan(*given, "layerwise", keep_optimizer=True),
+    "lw_distill": lambda *given: strategy_plan(*given, "layerwise", objective=_DISTILL),
+    "lw_gated": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "gated"}),
+    "lw_self_attention": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "self_attention"}),
+    "lw_proximal": lambda *given: strategy_plan(*given, "layerwise", proximal=0.01),
+    "lw2_zero_init": lambda *given: strategy_plan(*given, "layerwise", 2, more=_ZERO),
+    "lamina": lambda *given: strategy_plan(*given, "layerwise", 2, more=_ZERO, objective=_DISTILL, keep_optimizer=True),
+}
+
+_MOCO, _SIMCLR = SelfSupervised(method="moco"), SelfSupervised(method="simclr")
+_FLL = {"optimizer": SGD(momentum=0.9), "batch_size": 16}
+SELF_SUPERVISED: dict[str, MakePlan] = {
+    "fedssl": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO),
+    "lw_fedssl": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO),
+    "prog_fedssl": lambda *given: self_supervised_plan(*given, "progressive", _MOCO),
+    "fll": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR, 0.05, **_FLL),
+    "fll_depth_dropout": lambda *given: self_supervised_plan(
+        *given,
+        "layerwise",
+        _SIMCLR,
+        0.05,
+        **_FLL,
+        depth_dropout=DepthDropout(budget=3),
+        features=FeatureStore(views=8, keep="round"),
+    ),
+}

@@ -1,0 +1,111 @@
+"""One cell to its row of results: deal the data, simulate the plan, score the final weights, count the costs.
+
+The score is the test accuracy of a supervised model; the mean of image-to-text and text-to-image recall at 5 of a contrastive
+one; and the accuracy of a linear probe on the final features of a self-supervised one, which has no classes of its own.
+"""
+
+import statistics
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.methods.bounds import linear_accuracy
+from benchmarks.methods.cells import CENTRALISED, LINEAR, UNTRAINED, Cell
+from benchmarks.methods.costs import costs_of
+from benchmarks.methods.data_sets import DATA_SETS, Loaded, deal
+from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, SELF_SUPERVISED, SELF_SUPERVISED_BASELINE
+from benchmarks.methods.retrieval import both_ways
+from benchmarks.methods.trained import TrainedModel
+from benchmarks.simulation import OnRound, SimulationResult, simulate
+from lamina.errors import ConfigError
+from lamina.manifest import EngineName
+from lamina.names import LABEL
+from lamina.plan import Plan
+from lamina.tensors import hash_bytes
+
+ENGINE: EngineName = "onnxruntime"
+
+
+def plan_of(cell: Cell) -> Plan | None:
+    """The plan of a cell; None for the linear bound. Raises ConfigError for a method that is not known."""
+    if cell.method == LINEAR:
+        return None
+    name = {CENTRALISED: BASELINE, UNTRAINED: SELF_SUPERVISED_BASELINE}.get(cell.method, cell.method)
+    methods = METHODS | OPTIONS | SELF_SUPERVISED
+    if name not in methods or cell.data not in DATA_SETS:
+        raise ConfigError(f"{cell.key}: known methods are {', '.join(methods)}; known data {', '.join(DATA_SETS)}")
+    clients = max(1, round(cell.setting.clients * cell.setting.participation))
+    return methods[name](DATA_SETS[cell.data].model, cell.rounds, clients, cell.seed)
+
+
+def plan_hash(cell: Cell) -> str:
+    """Tells whether a row was made with the plan that the cell has now. Settings at their defaults do not count, so that new
+    options of the plan leave old rows valid."""
+    plan = plan_of(cell)
+    return hash_bytes(plan.model_dump_json(exclude_defaults=True).encode())[:16] if plan else LINEAR
+
+
+def run_cell(cell: Cell, on_round: OnRound = lambda _: None) -> dict[str, Any]:
+    """Raises DataError if the data cannot be had, and what exporting and training raise."""
+    started = time.monotonic()
+    loaded, plan = DATA_SETS[cell.data].load(cell.seed), plan_of(cell)
+    row = cell.as_row() | {"plan": plan_hash(cell)}
+    if plan is None:
+        accuracy, penalty = linear_accuracy(loaded, cell.seed)
+        row |= {"score": accuracy, "score_is": "test accuracy", "penalty": penalty}
+        return row | {"seconds": time.monotonic() - started}
+    if cell.method == UNTRAINED:
+        return row | probe(TrainedModel(plan), loaded, cell.seed) | {"seconds": time.monotonic() - started}
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files = deal(loaded, cell.setting.split, cell.setting.clients, cell.seed, folder / "data")
+        exported = time.monotonic()
+        result = simulate(plan, files, folder / "run", ENGINE, cell.setting.participation, on_round=on_round)
+    seconds = {"seconds": time.monotonic() - started, "simulate_seconds": time.monotonic() - exported}
+    return row | score(result, loaded) | describe(result) | {"cpu_seconds": result.cpu_seconds} | seconds
+
+
+def score(result: SimulationResult, loaded: Loaded) -> dict[str, Any]:
+    """`score`, what it is, and what it was made of."""
+    plan = result.manifest.plan
+    if plan.model.objective.kind == "supervised":
+        return {"score": result.test_accuracy, "score_is": "test accuracy"}
+    model = TrainedModel(plan, result)
+    if plan.model.objective.kind == "self_supervised":
+        return probe(model, loaded, plan.seed)
+    if loaded.test_groups is None:
+        raise ConfigError(f"{plan.name}: recall needs data that say what counts as the same answer (Loaded.test_groups)")
+    found = model.embeddings(loaded.test)
+    recalls = both_ways(found["image"], found["text"], loaded.test_groups)
+    mean = statistics.mean(recalls[f"{way}_r5"] for way in ("image_to_text", "text_to_image"))
+    return {"score": mean, "score_is": "recall at 5", **recalls}
+
+
+def probe(model: TrainedModel, loaded: Loaded, seed: int) -> dict[str, Any]:
+    """Accuracy of a linear model on the encoders' features; it alone sees the labels."""
+    train, test = ({**model.features(arrays), LABEL: arrays[LABEL]} for arrays in (loaded.train, loaded.test))
+    accuracy, penalty = linear_accuracy(Loaded(train, test), seed)
+    return {"score": accuracy, "score_is": "linear probe accuracy", "penalty": penalty}
+
+
+def describe(result: SimulationResult) -> dict[str, Any]:
+    """Costs, and the course of the run round by round."""
+    stages = [
+        {
+            "rounds": sum(each.stage == programs.index for each in result.rounds),
+            "active_parameters": programs.cost.active_parameters,
+            "planned_bytes": programs.cost.planned_bytes[ENGINE],
+            "macs_per_sample": programs.cost.flops_per_sample,
+            "prefix_macs_per_sample": programs.cost.prefix_flops_per_sample,
+        }
+        for programs in result.manifest.stages
+    ]
+    return {
+        "devices": len(result.devices),
+        **costs_of(result, ENGINE).as_row(),
+        "stages": stages,
+        "stage_by_round": [each.stage for each in result.rounds],
+        "train_loss_by_round": [round(each.train_loss, 5) for each in result.rounds],
+        "accuracy_by_round": [None if each.test_accuracy is None else round(each.test_accuracy, 5) for each in result.rounds],
+    }

@@ -1,0 +1,110 @@
+"""Means over seeds, each method beside end-to-end training in the same setting.
+
+Differences are paired by seed: the same data, split and initial weights. Ratios are of means: 2.5 is 2.5 times less than end
+to end. A bound has no costs of a device, so it has no ratios.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.methods.plans import BASELINE, SELF_SUPERVISED_BASELINE
+
+COSTS = ("planned_bytes", "train_macs_per_sample_with_cache", "bytes_moved")
+NOTES = (
+    "memory: weights, gradients, optimiser moments and activations of one batch, as planned at export, in the largest stage. "
+    "FLOPs: multiply-accumulates of one sample in every local epoch of the run, trained parts 3 x forward, and each frozen "
+    "segment once, because its output is kept. Bytes: blobs and updates of one device over the run, programs included, heads "
+    "included, without JSON messages. Memory and FLOPs do not depend on the machine. Drop: points from the last round of a "
+    "stage to the first of the next, on average.",
+)
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each (data, setting, method), in the order in which they first appear; bounds with their data's own."""
+    entries = []
+    for data, setting in dict.fromkeys((row["data"], row["setting"]) for row in rows):
+        here = [row for row in rows if (row["data"], row["setting"]) == (data, setting)]
+        baseline = [row for row in here if row["method"] in (BASELINE, SELF_SUPERVISED_BASELINE)]
+        for method in dict.fromkeys(row["method"] for row in here):
+            entries.append(_entry([row for row in here if row["method"] == method], baseline))  # noqa: PERF401
+    return entries
+
+
+def _entry(mine: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    scores = [row["score"] for row in mine]
+    by_seed = {row["seed"]: row["score"] for row in baseline}
+    points = [100 * (row["score"] - by_seed[row["seed"]]) for row in mine if row["seed"] in by_seed]
+    entry = {
+        "data": mine[0]["data"],
+        "setting": mine[0]["setting"],
+        "method": mine[0]["method"],
+        "score_is": mine[0]["score_is"],
+        "seeds": [row["seed"] for row in mine],
+        "score_mean": statistics.mean(scores),
+        "score_sd": statistics.stdev(scores) if len(scores) > 1 else None,
+        "points_to_end_to_end": statistics.mean(points) if points else None,
+        "points_range": [min(points), max(points)] if points else None,
+    }
+    drops = [drop for row in mine if (drop := stage_drop(row)) is not None]
+    entry["drop_at_stage_change_points"] = statistics.mean(drops) if drops else None
+    for cost in COSTS:
+        means = [statistics.mean(row[cost] for row in rows) if rows and cost in rows[0] else None for rows in (mine, baseline)]
+        entry[cost] = means[0]
+        entry[f"{cost}_times_less"] = means[1] / means[0] if means[0] and means[1] else None
+    return entry
+
+
+def stage_drop(row: dict[str, Any]) -> float | None:
+    """By how many points the first round of a stage is below the last of the stage before, on average; None with one stage."""
+    stages, scores = row.get("stage_by_round", []), row.get("accuracy_by_round", [])
+    changes = [
+        100 * (scores[at - 1] - scores[at])
+        for at in range(1, len(stages))
+        if stages[at] != stages[at - 1] and scores[at] is not None and scores[at - 1] is not None
+    ]
+    return statistics.mean(changes) if changes else None
+
+
+def table_of(entries: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="methods, federated in simulation")
+    headings = (
+        "data",
+        "setting",
+        "method",
+        "seeds",
+        "score",
+        "sd",
+        "points to e2e",
+        "range",
+        "drop",
+        "memory",
+        "FLOPs",
+        "bytes",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in headings[:3] else "right", no_wrap=heading == "method")
+    last = None
+    for entry in entries:
+        here = (entry["data"], entry["setting"])
+        if here != last and last is not None:
+            table.add_section()
+        table.add_row(
+            *(here if here != last else ("", "")),
+            entry["method"],
+            str(len(entry["seeds"])),
+            f"{entry['score_mean']:.4f}",
+            _shown(entry["score_sd"], "{:.4f}"),
+            _shown(entry["points_to_end_to_end"], "{:+.2f}"),
+            "-" if entry["points_range"] is None else "{:+.1f} to {:+.1f}".format(*entry["points_range"]),
+            _shown(entry["drop_at_stage_change_points"], "{:+.2f}"),
+            *(_shown(entry[f"{cost}_times_less"], "{:.2f}x less") for cost in COSTS),
+        )
+        last = here
+    return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)

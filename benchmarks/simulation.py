@@ -1,0 +1,513 @@
+"""A whole run in one process: what devices and coordinator do, without HTTP, other processes and waiting.
+
+The code that decides the result is that of the real parts: the exporter, `edge_client.prepare` and `edge_client.trainer` with
+its feature cache, and of the coordinator the draw of a cohort, the terms, the weighted mean and the end of a stage. So the
+same plan and data give the same final weights, to the bit, as `benchmarks.federated.federated_run`
+(tests/benchmarks/test_simulation.py). Programs are loaded once for all devices, so a round of a hundred devices costs its
+arithmetic and little else.
+
+Bytes are those of the blobs and updates that a device would move: a blob that it still holds is not downloaded again, as in
+`edge_client.blobs`. JSON messages are not counted. Memory is not measured here: one process stands for all devices.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from coordinator.aggregate import Contribution, weighted_mean
+from coordinator.calibration import calibration_specs
+from coordinator.cohort import draw_cohort
+from coordinator.losses import mean_by_examples
+from coordinator.modalities import belongs, largest_set
+from coordinator.self_tuning import has_stalled
+from coordinator.stages import needs_teacher
+from coordinator.terms import agree
+from coordinator.updates import check_content
+from edge_client.data import LocalData
+from edge_client.engines import load_engine
+from edge_client.engines.base import Engine, LoadedProgram
+from edge_client.heartbeat import Lease
+from edge_client.job import Job
+from edge_client.prepare import prepare_job
+from edge_client.program_files import Fetch
+from edge_client.train import Evaluated, Trained
+from edge_client.trainer import features, stage_model, update_file, work
+from export.bundle import export_bundle
+from lamina.bundle import blob_path
+from lamina.compression import Compression, available_compressions, compress, compress_file
+from lamina.depth import drawn_prefix
+from lamina.errors import ConfigError
+from lamina.manifest import EngineName, Manifest
+from lamina.names import ProgramShape
+from lamina.plan import Plan, Stage
+from lamina.segments import TensorSpec
+from lamina.tensors import ENCODINGS, Encoding, Float32, decode_file, encode, hash_bytes
+from lamina.wire import Assignment, CheckIn, DeviceRole, Phase
+
+OnRound = Callable[["Round"], None]
+CALIBRATOR = "calibrator"
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of a run. `train_loss` is the mean over the cohort's examples.
+
+    `test_*` are of the new weights on the test rows of all devices; None where the plan does not evaluate this round
+    (`cohort.evaluate_every`). Bytes are by device, for the devices of the cohort; so are the frozen segments that its
+    features passed. CPU seconds are those of the whole cohort, with its feature caches.
+    """
+
+    stage: int
+    round: int
+    cohort: tuple[str, ...]
+    train_loss: float
+    test_accuracy: float | None
+    test_loss: float | None
+    test_examples: int
+    bytes_down: dict[str, int]
+    bytes_up: dict[str, int]
+    frozen: dict[str, tuple[str, ...]]
+    train_cpu_seconds: float
+    evaluate_cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """`blobs` are the sha256 of the final weights by segment, as in `lamina.wire.RunStatus`; `weights` their tensors.
+
+    What a stage costs one device, its planned memory, FLOPs and parameters, stands in `manifest.stages[i].cost`.
+    """
+
+    manifest: Manifest
+    rounds: tuple[Round, ...]
+    blobs: dict[str, str]
+    weights: dict[str, dict[str, Float32]] = field(repr=False)
+    devices: tuple[str, ...]
+    examples: dict[str, int]
+    cpu_seconds: float
+    """From the first round to the last; without the export."""
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Of the final weights; None if they were not evaluated."""
+        return self.rounds[-1].test_accuracy if self.rounds else None
+
+    def bytes_of(self, device: str) -> tuple[int, int]:
+        """(down, up) of one device over the whole run."""
+        down = sum(each.bytes_down.get(device, 0) for each in self.rounds)
+        return down, sum(each.bytes_up.get(device, 0) for each in self.rounds)
+
+
+def simulate(
+    plan: Plan,
+    files: Sequence[Path],
+    folder: Path,
+    engine: EngineName = "onnxruntime",
+    participation: float = 1.0,
+    on_round: OnRound = lambda _: None,
+    calibration_file: Path | None = None,
+) -> SimulationResult:
+    """Exports the plan into `folder` and trains it to the end; device i has `files[i]` and is called `device-<i>`.
+
+    In each round the share `participation` of the devices trains, drawn as a coordinator with `cohort.pool` draws; the plan's
+    own cohort and pool are not used. `calibration_file` is the server's own data, which a plan with `calibration` needs.
+    `folder` takes the bundle, the devices' feature caches and the weights; it is the caller's to delete.
+
+    Raises ConfigError for a share out of range or missing data, and what exporting and training raise.
+    """
+    manifest = export_bundle(plan, folder / "bundle", (engine,))
+    simulation = Simulation(manifest, folder / "bundle", files, folder, engine, calibration_file)
+    return simulation.run(participation, on_round)
+
+
+class Simulation:
+    """The devices and the coordinator of one run of an exported bundle."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        bundle: Path,
+        files: Sequence[Path],
+        folder: Path,
+        engine: EngineName,
+        calibration_file: Path | None = None,
+    ) -> None:
+        """Raises DataError for a file that does not fit the model, ConfigError if the plan needs other data than there is."""
+        self._manifest, self._digest, self._bundle = manifest, manifest.digest, bundle
+        self._manifest_bytes = len(manifest.to_json())
+        self._engine = SharedEngine(load_engine(engine))
+        self._store = folder / "weights"
+        self._store.mkdir(parents=True, exist_ok=True)
+        self._masters = dict(manifest.initial_weights)
+        self._variants: dict[tuple[str, Encoding, Compression], str] = {}
+        self._teacher: dict[str, str] = {}
+        self._devices = {
+            name: Device(name, file, folder / name, manifest, engine)
+            for name, file in ((f"device-{index}", file) for index, file in enumerate(files))
+        }
+        self._calibrator: Device | None = None
+        if manifest.plan.calibration:
+            if calibration_file is None:
+                raise ConfigError(f"plan {manifest.plan.name!r} calibrates on data of the server's own: give calibration_file")
+            self._calibrator = Device(CALIBRATOR, calibration_file, folder / CALIBRATOR, manifest, engine, "calibrator")
+
+    def run(self, participation: float = 1.0, on_round: OnRound = lambda _: None) -> SimulationResult:
+        """Trains all stages to the end; to be called once."""
+        if not 0 < participation <= 1:
+            raise ConfigError(f"participation must be above 0 and at most 1, given {participation}")
+        started = time.process_time()
+        size = max(1, round(participation * len(self._devices)))
+        rounds = []
+        try:
+            for each in self._rounds(size):
+                rounds.append(each)
+                on_round(each)
+        finally:
+            self._engine.close()
+        return SimulationResult(
+            manifest=self._manifest,
+            rounds=tuple(rounds),
+            blobs=dict(self._masters),
+            weights={name: self._tensors(name) for name in self._masters},
+            devices=tuple(self._devices),
+            examples={name: device.data.train_examples for name, device in self._devices.items()},
+            cpu_seconds=time.process_time() - started,
+        )
+
+    def _rounds(self, size: int) -> Iterator[Round]:
+        """All rounds of all stages, as `coordinator.rounds.advance` goes through them."""
+        plan = self._manifest.plan
+        for stage in plan.stages:
+            self._remember_teacher(stage)
+            train_losses: list[float] = []
+            test_losses: list[float] = []
+            for number in range(stage.rounds):
+                started = time.process_time()
+                names = draw_cohort(self._devices, size, plan.seed, stage.index, number)
+                cohort = [device for name, device in self._devices.items() if name in names]
+                before = {device.name: device.bytes_down for device in cohort}
+                updates = [self._train(device, "train", stage.index, number) for device in cohort]
+                self._aggregate(stage, updates)
+                self._calibrate(stage.index, number)
+                train_losses.append(mean_by_examples((each.result.loss, each.result.num_examples) for each in updates))
+                is_last = number + 1 == stage.rounds or self._has_stalled("train_loss", train_losses)
+                trained = time.process_time()
+                found: dict[str, Evaluated] = {}
+                if plan.cohort.evaluates(number, is_last):
+                    found = self._evaluate(cohort, stage.index, number)
+                asked = [(each.loss, each.num_examples) for name, each in found.items() if name in names]
+                test_losses += [mean_by_examples(asked)] if asked else []
+                yield Round(
+                    stage=stage.index,
+                    round=number,
+                    cohort=tuple(device.name for device in cohort),
+                    train_loss=train_losses[-1],
+                    **_test_figures(found.values()),
+                    bytes_down={device.name: device.bytes_down - before[device.name] for device in cohort},
+                    bytes_up={device.name: each.bytes_up for device, each in zip(cohort, updates, strict=True)},
+                    frozen={device.name: each.frozen for device, each in zip(cohort, updates, strict=True)},
+                    train_cpu_seconds=trained - started,
+                    evaluate_cpu_seconds=time.process_time() - trained,
+                )
+                if is_last or self._has_stalled("test_loss", test_losses):
+                    break
+
+    def _has_stalled(self, measure: str, losses: Sequence[float]) -> bool:
+        tuning = self._manifest.plan.self_tuning
+        return tuning is not None and tuning.measure == measure and has_stalled(losses, tuning)
+
+    def _remember_teacher(self, stage: Stage) -> None:
+        """As `coordinator.stages`: the active segments that were part of the model before, if a program compares with them."""
+        self._teacher = {}
+        if stage.index and needs_teacher(self._manifest, stage.index):
+            before = self._manifest.plan.stages[stage.index - 1]
+            names = [name for name in stage.active if name in before.active or name in before.frozen]
+            self._teacher = {name: self._masters[name] for name in names}
+
+    def _assign(self, device: "Device", phase: Phase, stage: int, number: int) -> Assignment:
+        """The work of one device in one round: what `coordinator.assignments` and `coordinator.variants` answer. All that a
+        coordinator decides for a device and a round belongs here."""
+        plan = self._manifest.plan
+        terms = agree(plan.training, device.facts)
+        names = self._segments(device, phase, stage, number)
+        weights = {name: self._variant(name, terms.download_encoding, "none") for name in names}
+        packed = {name: self._variant(name, terms.download_encoding, terms.compression) for name in names}
+        teacher = {name: blob for name, blob in self._teacher.items() if belongs(name, device.modalities)}
+        return Assignment(
+            phase=phase,
+            run="run-1",
+            manifest=self._digest,
+            stage=stage,
+            round=number,
+            weights=weights,
+            lease_seconds=plan.cohort.lease_seconds,
+            upload_encoding=terms.upload_encoding,
+            download_encoding=terms.download_encoding,
+            download_compression=terms.compression,
+            compressed_weights={name: blob for name, blob in packed.items() if blob != weights[name]},
+            upload_compression=terms.compression,
+            modalities=device.modalities,
+            teacher_weights=teacher if phase == "train" else {},
+        )
+
+    def _segments(self, device: "Device", phase: Phase, stage: int, number: int) -> list[str]:
+        """Those whose weights the work needs: with depth dropout, not all frozen ones."""
+        if phase == "calibrate":
+            return self._manifest.calibrated(stage)
+        plan, dropped = self._manifest.plan, set[str]()
+        found = plan.stages[stage]
+        dropout = plan.training.depth_dropout if phase == "train" else None
+        for modality in plan.model.modalities if dropout else ():
+            chain = found.frozen_chain(plan.model, modality)
+            layers = sum(".layers." in name for name in found.active_chain(plan.model, modality))
+            dropped |= {*chain} - {*drawn_prefix(chain, layers, dropout, plan.seed, stage, number, device.name)}
+        return [name for name in (*found.frozen, *found.active) if belongs(name, device.modalities) and name not in dropped]
+
+    def _prepare(self, device: "Device", phase: Phase, stage: int, number: int, is_asked: bool = True) -> Job:
+        """The job of a device. One that no coordinator asked, and that is only looked at, has a feature cache apart and
+        downloads nothing: when it is asked later, it lacks what a real device would lack."""
+        assignment = self._assign(device, phase, stage, number)
+        job = prepare_job(
+            work=assignment,
+            manifest=self._manifest,
+            data=device.data,
+            fetch=device.fetcher(assignment, self._path, self._manifest_bytes) if is_asked else self._path,
+            state=device.state if is_asked else device.state / "unasked",
+            device=device.name,
+            engine=self._engine.name,
+            check_in=device.facts,
+            url="",
+            disk_bytes=None,
+        )
+        if is_asked:
+            blobs = {self._digest, *assignment.weights.values(), *assignment.teacher_weights.values()}
+            device.keep_only(blobs | set(self._manifest.programs))
+        return replace(job, heartbeat=None)  # nobody listens
+
+    def _train(self, device: "Device", phase: Phase, stage: int, number: int) -> "_Update":
+        """As `edge_client.trainer.do_job`, and as the coordinator accepts what came of it."""
+        job = self._prepare(device, phase, stage, number)
+        lease = Lease(job, _quiet)
+        views = features(job, self._engine, _quiet, lease)
+        model = stage_model(job, self._engine)
+        try:
+            result = work(model, views, job, _quiet, lease)
+        finally:
+            model.close()
+        assert isinstance(result, Trained)
+        model.subtract_weights()
+        path = device.state / "update.safetensors"
+        path.write_bytes(update_file(model, job))
+        specs = self._manifest.exchange_specs(stage, device.modalities)
+        if phase == "calibrate":
+            specs = calibration_specs(self._manifest, stage)
+        content = check_content(str(path), specs)
+        return _Update(
+            result=result,
+            modalities=device.modalities,
+            contribution=Contribution(content, 1 if phase == "calibrate" else result.num_examples, path, specs),
+            frozen=tuple(step.segment.name for plan in job.features for step in plan.steps),
+            bytes_up=_bytes_up(path, job),
+        )
+
+    def _aggregate(self, stage: Stage, updates: Sequence["_Update"]) -> None:
+        """As `coordinator.aggregation`: a segment that nobody trained keeps its blob."""
+        manifest = self._manifest
+        trained = {name for each in updates for name in manifest.exchange(stage.index, each.modalities)}
+        contributions = [each.contribution for each in updates]
+        specs = manifest.exchange_specs(stage.index)
+        new = weighted_mean(self._vector(stage.active), contributions, specs, manifest.plan.server_learning_rate)
+        self._name_weights([name for name in stage.active if name in trained], new)
+
+    def _calibrate(self, stage: int, number: int) -> None:
+        """As `coordinator.calibration`, with the one calibrator there is."""
+        if self._calibrator is not None:
+            update = self._train(self._calibrator, "calibrate", stage, number)
+            names, specs = self._manifest.calibrated(stage), calibration_specs(self._manifest, stage)
+            self._name_weights(names, weighted_mean(self._vector(names), [update.contribution], specs))
+
+    def _vector(self, names: Sequence[str]) -> dict[str, Float32]:
+        return {f"{name}/{key}": value for name in names for key, value in self._tensors(name).items()}
+
+    def _name_weights(self, names: Sequence[str], vector: Mapping[str, Float32]) -> None:
+        """Stores new weights of these segments; what is not current any more is deleted."""
+        for name in names:
+            specs: Sequence[TensorSpec] = self._manifest.segment(name).tensors
+            self._masters[name] = self._put(encode({spec.name: vector[f"{name}/{spec.name}"] for spec in specs}))
+        current = {*self._masters.values()}
+        self._variants = {key: blob for key, blob in self._variants.items() if key[0] in current}
+        current |= {*self._variants.values(), *self._teacher.values()}
+        for path in self._store.iterdir():
+            if path.name not in current:
+                path.unlink()
+
+    def _evaluate(self, cohort: Sequence["Device"], stage: int, number: int) -> dict[str, Evaluated]:
+        """What every device with test rows says of the newest weights. A coordinator asks the cohort alone, so the others
+        download nothing for it."""
+        found: dict[str, Evaluated] = {}
+        for device in self._devices.values():
+            if not device.data.test_examples:
+                continue
+            job = self._prepare(device, "evaluate", stage, number, is_asked=device in cohort)
+            lease = Lease(job, _quiet)
+            views = features(job, self._engine, _quiet, lease)
+            model = stage_model(job, self._engine)
+            try:
+                result = work(model, views, job, _quiet, lease)
+            finally:
+                model.close()
+            assert isinstance(result, Evaluated)
+            found[device.name] = result
+        return found
+
+    def _variant(self, name: str, encoding: Encoding, compression: Compression) -> str:
+        """The blob of a segment's newest weights in an encoding, compressed if that is smaller (`coordinator.variants`)."""
+        master = self._masters[name]
+        if (encoding, compression) == ("fp32", "none"):
+            return master
+        key = (master, encoding, compression)
+        if key not in self._variants:
+            if compression == "none":
+                self._variants[key] = self._put(encode(self._tensors(name), encoding))
+            else:
+                plain = self._variant(name, encoding, "none")
+                data = self._path(plain).read_bytes()
+                packed = compress(data, compression)
+                self._variants[key] = self._put(packed) if len(packed) < len(data) else plain
+        return self._variants[key]
+
+    def _tensors(self, name: str) -> dict[str, Float32]:
+        return decode_file(str(self._path(self._masters[name])), self._manifest.segment(name).tensors)
+
+    def _path(self, digest: str) -> Path:
+        """A blob's file: of the bundle, or of what was aggregated."""
+        return blob_path(self._bundle, digest) if digest in self._manifest.blobs else self._store / digest
+
+    def _put(self, data: bytes) -> str:
+        digest = hash_bytes(data)
+        if digest not in self._manifest.blobs:
+            (self._store / digest).write_bytes(data)
+        return digest
+
+
+class Device:
+    """A device's data, the modalities that it takes part with (none: all), what it keeps on disk, and which blobs it would
+    hold."""
+
+    def __init__(
+        self,
+        name: str,
+        file: Path,
+        state: Path,
+        manifest: Manifest,
+        engine: EngineName,
+        role: DeviceRole = "device",
+    ) -> None:
+        self.name, self.state = name, state
+        (state / "work").mkdir(parents=True, exist_ok=True)
+        self.data = LocalData(file, state / "data")
+        modalities = largest_set(manifest.plan, self.data.modalities)
+        if modalities is None:
+            raise ConfigError(f"{name} has data for {list(self.data.modalities)} alone, and the plan has no programs for that")
+        self.modalities = modalities
+        self.data.check(manifest.plan.model, modalities)
+        self.facts = CheckIn(
+            engine=engine,
+            modalities=self.data.modalities,
+            train_examples=self.data.train_examples,
+            test_examples=self.data.test_examples,
+            encodings=ENCODINGS,
+            compressions=available_compressions(),
+            role=role,
+        )
+        self.bytes_down = 0
+        self._held: set[str] = set()
+
+    def fetcher(self, assignment: Assignment, path_of: Fetch, manifest_bytes: int) -> Fetch:
+        """What `prepare_job` fetches with: finds the file, and counts its bytes if the device does not hold it yet."""
+        if assignment.manifest not in self._held:
+            self._held.add(assignment.manifest)
+            self.bytes_down += manifest_bytes
+        packed = {assignment.weights[name]: digest for name, digest in assignment.compressed_weights.items()}
+
+        def fetch(digest: str) -> Path:
+            if digest not in self._held:
+                self._held.add(digest)
+                self.bytes_down += path_of(packed.get(digest, digest)).stat().st_size
+            return path_of(digest)
+
+        return fetch
+
+    def keep_only(self, digests: set[str]) -> None:
+        """As `edge_client.blobs.BlobCache.keep_only`."""
+        self._held &= digests
+
+
+class SharedEngine:
+    """An engine that loads each program once; a program that is closed stays loaded for the next device."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.name = engine, engine.name
+        self._programs: dict[tuple[str, str], LoadedProgram] = {}
+
+    def load(self, path: Path, program: ProgramShape) -> LoadedProgram:
+        # A file is named by its sha256; torch runs one file in several roles, each in its own way.
+        key = (path.name, program.role)
+        if key not in self._programs:
+            self._programs[key] = self._engine.load(path, program)
+        return _Open(self._programs[key])
+
+    def close(self) -> None:
+        """Gives back the runtime's memory; the engine can go on and loads anew."""
+        for program in self._programs.values():
+            program.close()
+        self._programs.clear()
+
+
+class _Open:
+    """A shared program as one device sees it."""
+
+    def __init__(self, program: LoadedProgram) -> None:
+        self._program = program
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        return self._program.run(arrays)
+
+    def close(self) -> None:
+        """The program stays loaded."""
+
+
+@dataclass(frozen=True)
+class _Update:
+    result: Trained
+    modalities: tuple[str, ...]
+    contribution: Contribution
+    frozen: tuple[str, ...]
+    bytes_up: int
+
+
+def _bytes_up(path: Path, job: Job) -> int:
+    """What travels: the file, compressed as agreed if that is shorter (`edge_client.device`)."""
+    plain = path.stat().st_size
+    if job.upload_compression == "none":
+        return plain
+    packed = path.with_suffix(".packed")
+    compress_file(path, packed, job.upload_compression)
+    return min(plain, packed.stat().st_size)
+
+
+def _test_figures(found: Iterable[Evaluated]) -> dict[str, Any]:
+    """The test fields of a `Round`."""
+    evaluations = list(found)
+    examples = sum(each.num_examples for each in evaluations)
+    if not examples:
+        return {"test_accuracy": None, "test_loss": None, "test_examples": 0}
+    accuracy = sum(each.correct for each in evaluations) / examples
+    loss = mean_by_examples((each.loss, each.num_examples) for each in evaluations)
+    return {"test_accuracy": accuracy, "test_loss": loss, "test_examples": examples}
+
+
+def _quiet(line: str) -> None:
+    """Devices of a simulation say nothing."""

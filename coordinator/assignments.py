@@ -1,0 +1,72 @@
+"""What a device is given to do: the weights that its work needs, and no other."""
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from coordinator.house import House
+from coordinator.modalities import belongs
+from coordinator.tables import DeviceRow, RoundRow, RunRow, TeacherRow, WeightRow
+from coordinator.terms import Terms
+from lamina.depth import drawn_prefix
+from lamina.manifest import Manifest
+from lamina.plan import Plan
+from lamina.wire import Assignment, Phase
+
+
+def make_assignment(
+    house: House,
+    session: Session,
+    run: RunRow,
+    row: RoundRow,
+    device: DeviceRow,
+    phase: Phase,
+    terms: Terms,
+    modalities: tuple[str, ...] = (),
+) -> Assignment:
+    """The work of a device in a round, with the float32 blobs of the weights. Stored facts alone decide it."""
+    manifest = house.manifest(run.manifest)
+    names = _segments(manifest, row, device, phase, modalities)
+    return Assignment(
+        phase=phase,
+        run=run.id,
+        manifest=run.manifest,
+        stage=row.stage,
+        round=row.round,
+        weights={name: session.get_one(WeightRow, (run.number, name)).blob for name in names},
+        lease_seconds=manifest.plan.cohort.lease_seconds,
+        upload_encoding=terms.upload_encoding,
+        download_encoding=terms.download_encoding,
+        download_compression=terms.compression,
+        upload_compression=terms.compression,
+        modalities=modalities,
+        teacher_weights=_teacher(session, run, row, modalities) if phase == "train" else {},
+    )
+
+
+def _segments(manifest: Manifest, row: RoundRow, device: DeviceRow, phase: Phase, modalities: tuple[str, ...]) -> list[str]:
+    if phase == "calibrate":
+        return manifest.calibrated(row.stage)
+    stage = manifest.plan.stages[row.stage]
+    dropped = _dropped(manifest.plan, row, device.name) if phase == "train" else set()
+    return [name for name in (*stage.frozen, *stage.active) if belongs(name, modalities) and name not in dropped]
+
+
+def _dropped(plan: Plan, row: RoundRow, device: str) -> set[str]:
+    """The frozen segments that this device leaves out in this round (depth dropout)."""
+    dropout, stage = plan.training.depth_dropout, plan.stages[row.stage]
+    if dropout is None:
+        return set()
+    dropped: set[str] = set()
+    for modality in plan.model.modalities:
+        chain = stage.frozen_chain(plan.model, modality)
+        active_layers = sum(1 for name in stage.active_chain(plan.model, modality) if ".layers." in name)
+        dropped |= {*chain} - {*drawn_prefix(chain, active_layers, dropout, plan.seed, row.stage, row.round, device)}
+    return dropped
+
+
+def _teacher(session: Session, run: RunRow, row: RoundRow, modalities: tuple[str, ...]) -> dict[str, str]:
+    """What was remembered when the stage began (`coordinator.stages`); nothing unless its programs ask for it."""
+    found = session.execute(
+        select(TeacherRow.segment, TeacherRow.blob).where(TeacherRow.run_number == run.number, TeacherRow.stage == row.stage)
+    ).all()
+    return {segment: blob for segment, blob in found if belongs(segment, modalities)}

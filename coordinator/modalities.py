@@ -1,0 +1,34 @@
+"""Which modalities a device takes part with: all of the model, or a set that the plan has programs for.
+
+In rows and messages, no names at all stand for all modalities.
+"""
+
+from collections.abc import Iterable
+
+from lamina.plan import Plan
+from lamina.segments import HEAD
+
+
+def largest_set(plan: Plan, available: Iterable[str]) -> tuple[str, ...] | None:
+    """What a device with data for these modalities takes part with; None if it has too few.
+
+    Of several sets of the same size, it is the first of the plan.
+    """
+    has = set(available)
+    if has.issuperset(plan.model.modalities):
+        return ()
+    fitting = [subset for subset in plan.device_modalities if has.issuperset(subset)]
+    return max(fitting, key=len, default=None)
+
+
+def belongs(segment: str, modalities: tuple[str, ...]) -> bool:
+    """Whether a segment is part of the model of a device with these modalities."""
+    return not modalities or segment == HEAD or segment.partition(".")[0] in modalities
+
+
+def to_text(modalities: tuple[str, ...]) -> str:
+    return ",".join(modalities)
+
+
+def from_text(text: str) -> tuple[str, ...]:
+    return tuple(text.split(",")) if text else ()

@@ -1,0 +1,83 @@
+"""What a user should know of a round beside its numbers, one sentence each."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from coordinator.house import House
+from coordinator.modalities import from_text
+from coordinator.rounds import is_calibrated
+from coordinator.stages import early_end
+from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow
+from coordinator.terms import Terms, shortfall
+from lamina.plan import Plan
+from lamina.wire import Evaluation
+
+
+def notes_of(house: House, session: Session, run: RunRow, row: RoundRow) -> tuple[str, ...]:
+    """Larger transfers than the plan allows, accuracy by modalities, a missing calibration, a stage that ended early."""
+    plan = house.manifest(run.manifest).plan
+    notes = [*_transfers(session, plan, row), *_accuracies(session, plan, row)]
+    if plan.calibration and row.phase in ("evaluating", "closed") and not is_calibrated(session, row):
+        notes.append(f"not calibrated: no calibrator sent an update within {plan.cohort.deadline_seconds:g} s")
+    if ended := _end_of_stage(session, plan, run, row):
+        notes.append(ended)
+    return tuple(notes)
+
+
+def last_end(session: Session, plan: Plan, run: RunRow) -> str:
+    """Why the stage before the one where the run stands ended early, or the last one of a finished run; empty if it did not."""
+    stage = run.stage if run.is_finished else run.stage - 1
+    return early_end(session, plan, run.number, stage) if stage >= 0 else ""
+
+
+def _transfers(session: Session, plan: Plan, row: RoundRow) -> list[str]:
+    found = session.execute(
+        select(DeviceRow.name, PlaceRow)
+        .join(DeviceRow, DeviceRow.id == PlaceRow.device_id)
+        .where(PlaceRow.round_id == row.id, PlaceRow.is_lost.is_(False), PlaceRow.has_asked)
+        .order_by(DeviceRow.name)
+    ).all()
+    larger = (
+        (name, shortfall(plan.training, Terms(place.download_encoding, place.upload_encoding, place.compression)))
+        for name, place in found
+    )
+    return [f"{name} takes {note}" for name, note in larger if note]
+
+
+def _accuracies(session: Session, plan: Plan, row: RoundRow) -> list[str]:
+    """The accuracy of each set of modalities, where devices with different ones evaluated: one number would mix them."""
+    answers = session.scalars(
+        select(EvaluationRow).where(EvaluationRow.round_id == row.id, EvaluationRow.evaluation.is_not(None))
+    ).all()
+    by_set: dict[tuple[str, ...], list[Evaluation]] = {}
+    for answer in answers:
+        modalities = from_text(answer.modalities)
+        by_set.setdefault(modalities, []).append(Evaluation.model_validate_json(answer.evaluation or ""))
+    if set(by_set) <= {()}:
+        return []
+    sets = ((), *plan.device_modalities)
+    return [f"accuracy with {_words(key)}: {_accuracy(by_set[key])}" for key in sets if key in by_set]
+
+
+def _words(modalities: tuple[str, ...]) -> str:
+    return f"{' and '.join(modalities)} alone" if modalities else "all modalities"
+
+
+def _accuracy(evaluations: Sequence[Evaluation]) -> str:
+    examples = sum(evaluation.num_examples for evaluation in evaluations)
+    correct = sum(evaluation.correct for evaluation in evaluations)
+    return f"{correct / examples:.4f} of {examples} examples"
+
+
+def _end_of_stage(session: Session, plan: Plan, run: RunRow, row: RoundRow) -> str:
+    """Why the stage of a round ended early, if this round was its last."""
+    if plan.self_tuning is None or row.phase != "closed" or (row.stage == run.stage and not run.is_finished):
+        return ""
+    following = session.scalar(
+        select(RoundRow.id).where(
+            RoundRow.run_number == run.number, RoundRow.stage == row.stage, RoundRow.round == row.round + 1
+        )
+    )
+    return "" if following is not None else early_end(session, plan, run.number, row.stage)

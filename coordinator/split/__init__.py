@@ -1,0 +1,1 @@
+"""The coordinator's half of split training (`lamina.split`): it runs the high ends and the fusion net, and holds the rounds."""

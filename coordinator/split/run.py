@@ -1,0 +1,492 @@
+"""One split run: its rounds, whose turn it is, and the steps of that turn.
+
+What a round gave is durable (`SplitState`, written when the round ends); everything inside a round is in memory, so a
+coordinator that is started again begins the round again. Where the coordinator computes (`party = "server"`), the users of a
+round train one after the other, in the order of their names: there is one task adapter for each modality, and the result does
+not depend on who is fast. A user that falls silent, or begins again, leaves no trace: its turn is taken back.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from threading import RLock
+
+from pydantic import Field
+
+from coordinator.house import House
+from coordinator.slots import MAX_DIFFERENCE
+from coordinator.split.aggregate import mean_over_users, share_middle
+from coordinator.split.high_ends import HighEnds, Snapshot, Values
+from coordinator.split.switch import is_steady
+from lamina.errors import ConfigError, RoundClosedError, UpdateRejectedError
+from lamina.files import write_durably
+from lamina.manifest import Sha256
+from lamina.record import Record
+from lamina.split import (
+    FUSED,
+    FUSION,
+    LOGITS,
+    SplitAccepted,
+    SplitCheckIn,
+    SplitEvaluation,
+    SplitManifest,
+    SplitReport,
+    SplitRound,
+    SplitStatus,
+    SplitTraffic,
+    SplitUserReport,
+    SplitWork,
+    features_down,
+    features_up,
+    gradients_up,
+    task_adapter,
+)
+from lamina.split_bodies import pack, unpack
+from lamina.tensors import Float32, decode_file, encode
+from lamina.wire import Count, Refused, Wait
+
+log = logging.getLogger("lamina.coordinator")
+
+
+class SplitState(Record):
+    """What survives: `round` is the next one to train; `evaluating` are the users (id -> name) whose evaluation of the round
+    before it is awaited; `evaluated` those that have answered."""
+
+    format: int = 1
+    run: str
+    manifest: Sha256
+    round: Count = 0
+    fused: bool = False
+    weights: dict[str, Sha256]
+    rounds: tuple[SplitRound, ...] = ()
+    evaluating: dict[str, str] = Field(default_factory=dict)
+    evaluated: tuple[str, ...] = ()
+
+
+@dataclass
+class _Turn:
+    """The steps of one user. `answered` is the last answer, for a user whose connection broke before it arrived."""
+
+    user: str
+    seen: float
+    start: Snapshot | None
+    steps: int = 0
+    activations: Values | None = None
+    features: Values = field(default_factory=dict)
+    answered: tuple[str, bytes] | None = None
+
+
+@dataclass
+class _Update:
+    digest: str
+    report: SplitReport
+    differences: dict[str, Float32]
+
+
+@dataclass
+class _Round:
+    """The round that is under way; a restart forgets it. `cohort` is ordered by name, and empty before the round begins."""
+
+    cohort: list[str] = field(default_factory=list)
+    updates: dict[str, _Update] = field(default_factory=dict)
+    lost: set[str] = field(default_factory=set)
+    turn: _Turn | None = None
+    traffic: SplitTraffic = field(default_factory=SplitTraffic)
+
+
+class SplitRun:
+    """Every method may be called from any thread. `names(id)` is the name of a device."""
+
+    def __init__(
+        self,
+        house: House,
+        manifest: SplitManifest,
+        state: SplitState,
+        high: Callable[[], HighEnds],
+        names: Callable[[str], str],
+    ) -> None:
+        self._house, self.manifest, self._names, self._make_high = house, manifest, names, high
+        self.plan = manifest.plan
+        self._state = state
+        self._lock = RLock()
+        self._high: HighEnds | None = None
+        self._asked: dict[str, float] = {}  # when each device last asked for work
+        self._leases: dict[str, float] = {}  # of the users of a round that train by themselves, or evaluate
+        self._now = _Round()
+
+    # What devices ask
+
+    def check_in(self, device: str, facts: SplitCheckIn) -> SplitWork | Wait | Refused:
+        with self._lock:
+            if reason := self._refusal(facts):
+                return Refused(detail=reason)
+            now = self._house.clock()
+            self._asked[device] = now
+            self._advance(now)
+            if self.is_finished:
+                return self._wait("no_run", f"{self._state.run} is finished")
+            if self._state.evaluating:
+                if device not in self._state.evaluating:
+                    return self._wait("round", f"round {self._state.round - 1} is being evaluated")
+                self._leases[device] = now
+                return self._work("evaluate", self._state.round - 1, False)
+            if not self._now.cohort:
+                here = self._here(now)
+                return self._wait("cohort", f"{len(here)} of {self.plan.users.size} users are here")
+            if device not in self._now.cohort or device in self._now.lost:
+                return self._wait("round", f"round {self._state.round} is under way with others")
+            if device in self._now.updates:
+                left = len(self._now.cohort) - len(self._now.updates) - len(self._now.lost)
+                return self._wait("round", f"round {self._state.round} waits for {left} others")
+            if self.plan.party == "device":
+                self._leases[device] = now
+            elif self._now.turn is None or self._now.turn.user != device:
+                whose = self._names(self._now.turn.user) if self._now.turn else "nobody"
+                return self._wait("round", f"round {self._state.round}: it is the turn of {whose}")
+            else:
+                self._begin_turn(device, now)
+            return self._work("train", self._state.round, self._state.fused)
+
+    def features(self, device: str, round: int, step: int, examples: int, body: bytes) -> bytes:
+        """Activations up, features down: the first half of a step. The same body again gives the same answer."""
+        with self._lock:
+            turn = self._turn_of(device, round)
+            key = _key("features", step, examples, body)
+            if turn.answered and turn.answered[0] == key:
+                return turn.answered[1]
+            if step != turn.steps or turn.activations is not None:
+                raise RoundClosedError(f"step {step} does not follow step {turn.steps - 1}; check in to begin the round again")
+            activations = self._activations(body, examples)
+            answer, features = self._forward(activations, examples, self._state.fused)
+            turn.activations, turn.features, turn.answered = activations, features, (key, answer)
+            self._count(features_up_bytes=len(body), features_down_bytes=len(answer))
+            return answer
+
+    def gradients(self, device: str, round: int, step: int, examples: int, body: bytes) -> bytes:
+        """Gradients up, gradients down: the second half of a step, which trains the task adapters and the fusion net."""
+        with self._lock:
+            turn = self._turn_of(device, round)
+            key = _key("gradients", step, examples, body)
+            if turn.answered and turn.answered[0] == key:
+                return turn.answered[1]
+            activations = turn.activations
+            if step != turn.steps or activations is None:
+                raise RoundClosedError(f"step {step} has no features yet; check in to begin the round again")
+            if examples != len(next(iter(activations.values()))):
+                raise UpdateRejectedError(f"step {step} has other examples than its features")
+            traffic, fused = self.plan.traffic, self._state.fused
+            specs = gradients_up(self.plan, examples, fused)
+            given = unpack(body, specs, traffic.gradients, traffic.compression, are_gradients=True)
+            of_logits = None if fused else given.pop(LOGITS).reshape(examples, self.plan.classes)
+            down = self._high_ends().backward(activations, turn.features, given, of_logits)
+            answer = pack(down, traffic.gradients, traffic.compression, are_gradients=True)
+            turn.steps, turn.activations, turn.answered = step + 1, None, (key, answer)
+            self._count(steps=1, gradients_up_bytes=len(body), gradients_down_bytes=len(answer))
+            return answer
+
+    def answers(self, device: str, round: int, examples: int, body: bytes) -> bytes:
+        """Activations of test examples up, features and fused logits down; nothing is trained."""
+        with self._lock:
+            self._check_evaluating(device, round)
+            self._leases[device] = self._house.clock()
+            return self._forward(self._activations(body, examples), examples, False)[0]
+
+    def update(self, device: str, round: int, body: bytes, report: SplitReport) -> SplitAccepted:
+        """A user's differences of what it trained. The round ends with the last one."""
+        with self._lock:
+            digest = sha256(body).hexdigest()
+            known = self._now.updates.get(device) if round == self._state.round else None
+            if known is not None:
+                if known.digest != digest:
+                    raise UpdateRejectedError(f"round {round} has counted another update of this user; check in for new work")
+                return SplitAccepted(run=self._state.run, round=round)
+            self._advance(self._house.clock())
+            if self.plan.party == "server":
+                if self._turn_of(device, round).activations is not None:
+                    raise UpdateRejectedError("the last step has no gradients yet; send them first")
+            elif round != self._state.round or device not in self._now.cohort or device in self._now.lost:
+                raise RoundClosedError(
+                    f"round {round} of {self._state.run} takes no update of this user; check in for new work"
+                )
+            if set(report.loss) != set(self.plan.modalities):
+                raise UpdateRejectedError(
+                    f"the report has losses of {sorted(report.loss)}, not of {list(self.plan.modalities)}"
+                )
+            if max(abs(value) for value in (report.fused_loss, *report.loss.values())) > MAX_DIFFERENCE:
+                raise UpdateRejectedError(f"the report has a loss above {MAX_DIFFERENCE:g}: the training diverged")
+            specs = self.manifest.specs(self.plan.sent(self._state.fused))
+            found = unpack(body, specs, self.plan.traffic.updates, self.plan.traffic.compression)
+            for name, value in found.items():
+                if value.size and float(abs(value).max()) > MAX_DIFFERENCE:
+                    raise UpdateRejectedError(f"tensor {name!r} moved by more than {MAX_DIFFERENCE:g}: the training diverged")
+            self._now.updates[device] = _Update(digest, report, found)
+            self._now.turn = None
+            self._advance(self._house.clock())
+            return SplitAccepted(run=self._state.run, round=round)
+
+    def evaluation(self, device: str, round: int, given: SplitEvaluation) -> SplitAccepted:
+        with self._lock:
+            accepted = SplitAccepted(run=self._state.run, round=round)
+            if round == self._state.round - 1 and device in self._state.evaluated:
+                return accepted
+            self._check_evaluating(device, round)
+            counts = [given.fused_correct, *given.correct.values()]
+            if set(given.correct) != set(self.plan.modalities) or max(counts) > given.num_examples:
+                raise UpdateRejectedError("the evaluation counts other modalities, or more right answers than examples")
+            last = self._state.rounds[-1]
+            correct = {m: last.test_correct.get(m, 0) + count for m, count in given.correct.items()}
+            self._save(
+                rounds=(
+                    *self._state.rounds[:-1],
+                    last.model_copy(
+                        update={
+                            "test_examples": last.test_examples + given.num_examples,
+                            "test_correct": correct,
+                            "test_fused_correct": last.test_fused_correct + given.fused_correct,
+                        }
+                    ),
+                ),
+                evaluating={user: name for user, name in self._state.evaluating.items() if user != device},
+                evaluated=(*self._state.evaluated, device),
+            )
+            return accepted
+
+    # What users and the app ask
+
+    @property
+    def is_finished(self) -> bool:
+        return self._state.round == self.plan.rounds and not self._state.evaluating
+
+    def status(self) -> SplitStatus:
+        with self._lock:
+            self._advance(self._house.clock())
+            state = self._state
+            if self.is_finished:
+                detail = "finished"
+            elif state.evaluating:
+                detail = f"waits for the evaluations of {', '.join(sorted(state.evaluating.values()))}"
+            elif self._now.turn is not None:
+                detail = f"{self._names(self._now.turn.user)} trains, {self._now.turn.steps} steps done"
+            else:
+                detail = f"waits for users: {len(self._now.updates)} updates"
+            return SplitStatus(
+                run=state.run,
+                name=self.plan.name,
+                state="finished" if self.is_finished else "running",
+                manifest=state.manifest,
+                round=min(state.round, self.plan.rounds - 1),
+                fused=state.fused,
+                detail=detail,
+                rounds=state.rounds,
+                weights=state.weights,
+            )
+
+    @property
+    def fused(self) -> bool:
+        return self._state.fused
+
+    # Rounds
+
+    def _advance(self, now: float) -> None:
+        """Whatever time and messages allow: leases end, turns pass, the round is aggregated, the next one begins."""
+        lease = self.plan.users.lease_seconds
+        if self._state.evaluating:
+            silent = {user for user in self._state.evaluating if self._leases.setdefault(user, now) + lease < now}
+            if silent:
+                awaited = {user: name for user, name in self._state.evaluating.items() if user not in silent}
+                self._save(evaluating=awaited)
+            return
+        if self.is_finished:
+            return
+        if not self._now.cohort:
+            here = self._here(now)
+            if len(here) < self.plan.users.size:
+                return
+            drawn = sorted(
+                here, key=lambda user: sha256(f"{self.plan.seed}/{self._state.round}/{self._names(user)}".encode()).digest()
+            )
+            self._now.cohort = sorted(drawn[: self.plan.users.size], key=self._names)
+            self._leases = dict.fromkeys(self._now.cohort, now)
+            if self.plan.party == "server":
+                self._high_ends().load(self._state.weights)
+        if self.plan.party == "device":
+            self._now.lost |= {u for u in self._now.cohort if u not in self._now.updates and self._leases[u] + lease < now}
+        elif self._now.turn is not None and self._now.turn.seen + lease < now:
+            log.warning(
+                "%s: %s lost its turn in round %d", self._state.run, self._names(self._now.turn.user), self._state.round
+            )
+            self._now.lost.add(self._now.turn.user)
+            self._take_back()
+            self._now.turn = None
+        left = [user for user in self._now.cohort if user not in self._now.updates and user not in self._now.lost]
+        if left:
+            if self.plan.party == "server" and self._now.turn is None:
+                # It has a lease before it has asked: one that has left must not stop the others.
+                self._now.turn = _Turn(left[0], now, self._high_ends().snapshot())
+            return
+        if len(self._now.updates) >= self.plan.users.min_users:
+            self._aggregate()
+        else:
+            log.warning("%s: round %d begins again, too few users stayed", self._state.run, self._state.round)
+            for user in self._now.lost:
+                self._asked.pop(user, None)
+            self._forget_round()
+
+    def _aggregate(self) -> None:
+        users = [user for user in self._now.cohort if user in self._now.updates]
+        updates = [self._now.updates[user] for user in users]
+        new: dict[str, dict[str, Float32]] = {}
+        for part in self.plan.sent(self._state.fused):
+            start = self._tensors(part)
+            given = [{name: update.differences[f"{part}/{name}"] for name in start} for update in updates]
+            new[part] = mean_over_users(start, given)
+        for part in (*(task_adapter(m) for m in self.plan.modalities), FUSION):
+            if self.plan.party == "server":
+                new[part] = self._high_ends().tensors(part)
+        adapters = share_middle({m: new[task_adapter(m)] for m in self.plan.modalities})
+        new |= {task_adapter(m): tensors for m, tensors in adapters.items()}
+        if self._state.fused:
+            new.pop(FUSION, None)  # frozen: its blob stays the same
+        weights = {**self._state.weights, **{part: self._house.blobs.put(encode(tensors)) for part, tensors in new.items()}}
+        fused_loss = sum(update.report.fused_loss for update in updates) / len(updates)
+        losses = [*(r.fused_loss for r in self._state.rounds), fused_loss]
+        number = self._state.round
+        done = SplitRound(
+            round=number,
+            fused=self._state.fused,
+            users=tuple(SplitUserReport(user=self._names(user), report=self._now.updates[user].report) for user in users),
+            fused_loss=fused_loss,
+            traffic=self._now.traffic,
+            notes=tuple(
+                f"{self._names(user)} fell silent and does not count" for user in sorted(self._now.lost, key=self._names)
+            ),
+        )
+        evaluates = self.plan.users.evaluates(number, self.plan.rounds)
+        self._save(
+            round=number + 1,
+            fused=self._state.fused or is_steady(losses, self.plan.switch),
+            weights=weights,
+            rounds=(*self._state.rounds, done),
+            evaluating={user: self._names(user) for user in users} if evaluates else {},
+            evaluated=(),
+        )
+        log.info("%s: round %d is aggregated from %d users", self._state.run, number, len(users))
+        self._forget_round()
+        if self._high is not None:
+            self._high.load(self._state.weights)
+
+    def _forget_round(self) -> None:
+        self._now, self._leases = _Round(), {}
+
+    def _begin_turn(self, device: str, now: float) -> None:
+        """From the start of the turn, also for a user that had begun and was interrupted."""
+        assert self._now.turn is not None
+        self._take_back()
+        self._now.turn = _Turn(device, now, self._now.turn.start)
+
+    def _take_back(self) -> None:
+        if (
+            self._now.turn is not None
+            and self._now.turn.start is not None
+            and (self._now.turn.steps or self._now.turn.activations)
+        ):
+            self._high_ends().restore(self._now.turn.start)
+
+    def _turn_of(self, device: str, round: int) -> _Turn:
+        turn = self._now.turn
+        if round != self._state.round or self._state.evaluating or turn is None or turn.user != device:
+            raise RoundClosedError(f"it is not the turn of this user in round {round} of {self._state.run}; check in for work")
+        turn.seen = self._house.clock()
+        return turn
+
+    def _check_evaluating(self, device: str, round: int) -> None:
+        if round != self._state.round - 1 or device not in self._state.evaluating:
+            raise RoundClosedError(f"round {round} of {self._state.run} asks this user for no evaluation; check in for work")
+
+    # Small things
+
+    def _refusal(self, facts: SplitCheckIn) -> str | None:
+        lacking = sorted(set(self.plan.modalities) - set(facts.modalities))
+        if lacking:
+            return f"the plan {self.plan.name!r} needs {lacking[0]!r}, which this user's data lacks"
+        if facts.engine not in self.manifest.programs:
+            return f"the bundle has no programs for {facts.engine}, only for {', '.join(self.manifest.programs)}"
+        if self.plan.traffic.compression not in ("none", *facts.compressions):
+            return (
+                f"the plan compresses with {self.plan.traffic.compression}, which is missing there: pip install 'lamina[zstd]'"
+            )
+        return None
+
+    def _here(self, now: float) -> list[str]:
+        since = now - self._house.settings.presence_seconds
+        return [user for user, at in self._asked.items() if at >= since]
+
+    def _work(self, phase: str, round: int, fused: bool) -> SplitWork:
+        return SplitWork.model_validate(
+            {
+                "phase": phase,
+                "run": self._state.run,
+                "manifest": self._state.manifest,
+                "round": round,
+                "fused": fused,
+                "weights": {part: self._state.weights[part] for part in self.plan.held},
+                "lease_seconds": self.plan.users.lease_seconds,
+            }
+        )
+
+    def _wait(self, reason: str, detail: str) -> Wait:
+        settings = self._house.settings
+        return Wait.model_validate(
+            {
+                "reason": reason,
+                "detail": detail,
+                "wait_seconds_min": settings.wait_seconds_min,
+                "wait_seconds_max": settings.wait_seconds_max,
+            }
+        )
+
+    def _activations(self, body: bytes, examples: int) -> Values:
+        self.check_count(examples)
+        traffic = self.plan.traffic
+        return unpack(body, features_up(self.plan, examples), traffic.activations, traffic.compression)
+
+    def check_count(self, examples: int) -> None:
+        """Before a body is read: how large it may be follows from the number of examples."""
+        if not 1 <= examples <= self.plan.training.batch_size:
+            raise UpdateRejectedError(f"a step has 1..{self.plan.training.batch_size} examples, given {examples}")
+
+    def _forward(self, activations: Values, examples: int, fused: bool) -> tuple[bytes, Values]:
+        features, f, logits = self._high_ends().forward(activations)
+        sent = {**features, LOGITS: logits.reshape(-1), **({FUSED: f} if fused else {})}
+        assert [spec.name for spec in features_down(self.plan, examples, fused)] == list(sent)
+        return pack(sent, self.plan.traffic.activations, self.plan.traffic.compression), features
+
+    def _count(self, **more: int) -> None:
+        self._now.traffic = self._now.traffic.model_copy(
+            update={name: getattr(self._now.traffic, name) + count for name, count in more.items()}
+        )
+
+    def _high_ends(self) -> HighEnds:
+        if self._high is None:
+            if self.plan.party == "device":
+                raise ConfigError("users of this run train by themselves; there are no steps to send")
+            self._high = self._make_high()
+            self._high.load(self._state.weights)
+        return self._high
+
+    def _tensors(self, part: str) -> dict[str, Float32]:
+        path = self._house.blobs.path(self._state.weights[part])
+        return decode_file(str(path), self.manifest.part(part).tensors)
+
+    def _save(self, **changes: object) -> None:
+        self._state = self._state.model_copy(update=changes)
+        save_state(self._house, self._state)
+
+
+def save_state(house: House, state: SplitState) -> None:
+    write_durably(house.settings.state / "split" / f"{state.run}.json", state.to_json())
+
+
+def _key(kind: str, step: int, examples: int, body: bytes) -> str:
+    return f"{kind}/{step}/{examples}/{sha256(body).hexdigest()}"

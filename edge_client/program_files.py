@@ -1,0 +1,34 @@
+"""Programs and segments of a manifest as a job names them: with the files that they are in."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edge_client.job import ProgramFile, ReferenceFile, SegmentFile, Tensor
+from lamina.manifest import Program
+from lamina.names import Role
+from lamina.segments import Segment, TensorSpec
+
+Fetch = Callable[[str], Path]
+"""A blob's file by its sha256, downloaded if it is not there yet, and verified."""
+
+
+def program_file(program: Program, role: Role, path: Path | None) -> ProgramFile:
+    """One file may serve two roles (torch derives the gradients itself), so the role is that of the place, not the file's."""
+    return ProgramFile(
+        path=str(path or ""),
+        blob=program.blob,
+        role=role,
+        weights=program.weights,
+        inputs=_tensors(program.inputs),
+        max_batch=program.max_batch,
+        precision=program.precision,
+        references=tuple(ReferenceFile(each.kind, each.tensors) for each in program.references),
+    )
+
+
+def segment_file(segment: Segment, path: Path | None) -> SegmentFile:
+    return SegmentFile(segment.name, str(path or ""), _tensors(segment.tensors))
+
+
+def _tensors(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(spec.name, spec.shape, spec.dtype) for spec in specs)

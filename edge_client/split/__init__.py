@@ -1,0 +1,1 @@
+"""A user of split training (`lamina.split`): the low ends, the classifiers and the data of all modalities in one process."""

@@ -1,0 +1,345 @@
+"""`benchmarks.methods`: what is run, what it costs, what is kept, and how the results are told."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import results_file
+from benchmarks.methods import __main__ as command
+from benchmarks.methods import run as runner
+from benchmarks.methods.bounds import linear_accuracy
+from benchmarks.methods.cells import CENTRALISED, LINEAR, POOLED, UNTRAINED, Cell, Setting, all_cells, chosen, usual_setting
+from benchmarks.methods.data_sets import DATA_SETS, DataSet, Loaded, client_rows, deal
+from benchmarks.methods.plans import METHODS, OPTIONS, SELF_SUPERVISED, strategy_plan
+from benchmarks.methods.plot import draw
+from benchmarks.methods.retrieval import both_ways, recall
+from benchmarks.methods.run import plan_hash, plan_of, run_cell
+from benchmarks.methods.summary import COSTS, summarise, table_of
+from lamina.errors import ConfigError, DataError
+from lamina.model import AudioFrames, Contrastive, Encoder, ModelDescription, Projection, Supervised
+
+SIZES = {"width": 8, "heads": 1, "layers": 2}
+FRAMES = AudioFrames(frames=3, coefficients=4)
+TINY = ModelDescription(
+    name="tiny",
+    encoders=(Encoder(modality="audio", input=FRAMES, **SIZES),),
+    projection=Projection(hidden=8, output=4),
+    objective=Supervised(classes=3),
+)
+PAIR = ModelDescription(
+    name="pair",
+    encoders=(
+        Encoder(modality="image", input=FRAMES, **(SIZES | {"layers": 1})),
+        Encoder(modality="text", input=FRAMES, **(SIZES | {"layers": 1})),
+    ),
+    projection=Projection(hidden=8, output=4),
+    objective=Contrastive(temperature=0.1),
+)
+
+
+def load_tiny(seed: int, count: int = 60) -> Loaded:
+    """Three classes whose means lie far apart, and two owners."""
+    rng = np.random.default_rng(seed)
+    mean = np.random.default_rng(99).normal(size=(3, 3, 4)) * 2
+    parts = []
+    for rows in (count, count // 2):
+        label = rng.integers(0, 3, rows)
+        parts.append({"audio": (mean[label] + rng.normal(size=(rows, 3, 4))).astype(np.float32), "label": label})
+    return Loaded(*parts, owner=np.arange(count) % 2)
+
+
+def load_pairs(seed: int) -> Loaded:
+    """The text is the image with noise; 12 test groups of two."""
+    rng = np.random.default_rng(seed)
+    parts = []
+    for rows in (40, 24):
+        image = rng.normal(size=(rows // 2, 3, 4)).repeat(2, axis=0).astype(np.float32)
+        parts.append({"image": image, "text": image.copy()})
+    return Loaded(*parts, owner=np.arange(40) % 2, test_groups=np.arange(24) // 2)
+
+
+@pytest.fixture
+def tiny_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DATA_SETS, "tiny", DataSet(TINY, load_tiny))
+    monkeypatch.setitem(DATA_SETS, "pair", DataSet(PAIR, load_pairs))
+    monkeypatch.setitem(DATA_SETS, "fashion_tiny", DataSet(TINY, load_tiny))
+
+
+# Data and bounds
+
+
+@pytest.mark.parametrize(("split", "sizes"), [("natural", [30, 30]), ("even", [20, 20, 20]), ("pooled", [60])])
+def test_a_split_deals_every_row_to_one_client(split: str, sizes: list[int]) -> None:
+    parts = client_rows(load_tiny(0), split, 3, seed=1)
+    assert [len(part) for part in parts] == sizes
+    assert sorted(np.concatenate(parts).tolist()) == list(range(60))
+
+
+@pytest.mark.parametrize("split", ["beta=", "uneven", "beta"])
+def test_an_unknown_split_is_refused(split: str) -> None:
+    with pytest.raises(ConfigError, match="known: beta=B"):
+        client_rows(load_tiny(0), split, 3, seed=1)
+
+
+def test_a_split_that_the_data_do_not_allow_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no labels"):
+        client_rows(load_pairs(0), "beta=1", 2, 0)
+    loaded = load_tiny(0)
+    with pytest.raises(ConfigError, match="needs data with owners"):
+        client_rows(Loaded(loaded.train, loaded.test), "natural", 2, 0)
+
+
+def test_dealt_files_hold_the_clients_rows_and_all_test_rows_once(tmp_path: Path) -> None:
+    loaded = load_tiny(0)
+    files = deal(loaded, "natural", 0, 0, tmp_path)
+    arrays = [dict(np.load(file)) for file in files]
+    np.testing.assert_array_equal(arrays[1]["train_audio"], loaded.train["audio"][1::2])
+    held_out = np.concatenate([each["test_audio"] for each in arrays])
+    np.testing.assert_array_equal(np.sort(held_out.ravel()), np.sort(loaded.test["audio"].ravel()))
+
+
+def test_the_linear_bound_separates_classes_with_far_means_and_not_noise() -> None:
+    accuracy, _ = linear_accuracy(load_tiny(0, 300), 0)
+    assert accuracy > 0.9
+    rng = np.random.default_rng(0)
+    noise = [{"x": rng.normal(size=(n, 10)).astype(np.float32), "label": rng.integers(0, 4, n)} for n in (400, 400)]
+    assert 0.1 < linear_accuracy(Loaded(*noise), 0)[0] < 0.4  # four classes: chance is 0.25
+
+
+# Retrieval
+
+
+def test_recall_counts_queries_with_a_right_answer_among_the_nearest() -> None:
+    gallery = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    queries = np.array([[2.0, 0.1], [0.1, 3.0]])
+    group = np.array([0, 1, 2])
+    assert recall(queries, gallery, np.array([0, 1]), group, (1, 2)) == {1: 1.0, 2: 1.0}
+    assert recall(queries, gallery, np.array([1, 1]), group, (1, 2, 3)) == {1: 0.5, 2: 0.5, 3: 1.0}
+
+
+def test_equal_answers_are_no_answer() -> None:
+    same = np.ones((4, 3))
+    group = np.arange(4)
+    assert recall(same, same, group, group, (1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 1.0}
+
+
+@given(st.integers(0, 2**31), st.integers(2, 12))
+def test_recall_grows_with_k_and_is_whole_for_the_whole_gallery(seed: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    group = rng.integers(0, 3, count)
+    found = recall(rng.normal(size=(count, 4)), rng.normal(size=(count, 4)), group, group, (1, 2, count))
+    assert 0 <= found[1] <= found[2] <= found[count] == 1.0
+
+
+def test_pairs_that_are_equal_are_found_both_ways_and_a_stranger_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    group = np.arange(20) // 2  # two pictures of each of ten concepts
+    texts = rng.normal(size=(10, 8)).repeat(2, axis=0)
+    found = both_ways(texts + 1e-3 * rng.normal(size=texts.shape), texts, group)
+    assert set(found.values()) == {1.0} and len(found) == 6
+    with pytest.raises(ValueError, match="not in the gallery"):
+        recall(texts, texts, group, group + 1)
+
+
+# Plans and cells
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("data", DATA_SETS)
+def test_every_method_makes_a_plan_of_the_same_rounds_for_every_data_set(method: str, data: str) -> None:
+    plan = METHODS[method](DATA_SETS[data].model, 18, 4, 7)
+    assert sum(stage.rounds for stage in plan.stages) == 18 and plan.seed == 7
+    assert (plan.training.batch_size, plan.training.local_epochs) == (16, 2)
+    last = plan.stages[-1]
+    assert {name for name in (*last.active, *last.frozen) if ".layers." in name} == {
+        f"{modality}.layers.{index}" for modality in plan.model.modalities for index in range(6)
+    }
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_every_option_changes_a_layer_wise_plan_of_labelled_data(method: str) -> None:
+    plain = METHODS["layerwise"](DATA_SETS["seglearn"].model, 18, 4, 7)
+    plan = OPTIONS[method](DATA_SETS["seglearn"].model, 18, 4, 7)
+    assert plan.strategy == "layerwise" and sum(stage.rounds for stage in plan.stages) == 18
+    assert plan != plain
+
+
+@pytest.mark.parametrize("method", SELF_SUPERVISED)
+def test_every_self_supervised_method_makes_a_plan_of_one_modality_without_labels(method: str) -> None:
+    plan = SELF_SUPERVISED[method](DATA_SETS["fashion"].model, 18, 4, 7)
+    assert sum(stage.rounds for stage in plan.stages) == 18 and plan.model.labels is None
+    assert plan.training.features.views % 2 == 0
+
+
+def test_cells_differ_in_name_and_the_first_seed_of_all_comes_first() -> None:
+    cells = all_cells([0, 1])
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    assert {cell.method for cell in cells} == {*METHODS, *OPTIONS, *SELF_SUPERVISED, CENTRALISED, LINEAR, UNTRAINED}
+    assert {cell.data for cell in cells} == set(DATA_SETS)
+    assert {cell.setting.participation for cell in cells} == {0.25, 0.5, 1.0}
+
+
+def test_cells_are_chosen_by_all_words_of_any_choice() -> None:
+    cells = all_cells([0])
+    assert chosen(cells, "") == cells
+    found = chosen(cells, "seglearn /layerwise/, emoji end_to_end")
+    assert [(cell.data, cell.method) for cell in found] == [("seglearn", "layerwise"), ("emoji", "end_to_end")]
+
+
+def test_the_hash_of_a_cell_follows_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("seglearn", "layerwise", usual_setting("seglearn"), 0)
+    before = plan_hash(cell)
+    assert before == plan_hash(cell) != plan_hash(Cell("seglearn", "layerwise_2", usual_setting("seglearn"), 0))
+    monkeypatch.setitem(METHODS, "layerwise", lambda *given: strategy_plan(*given, "layerwise", local_epochs=3))
+    assert plan_hash(cell) != before
+    assert plan_hash(Cell("seglearn", LINEAR, POOLED, 0)) == LINEAR
+
+
+def test_the_centralised_bound_is_the_baselines_plan() -> None:
+    central, baseline = (plan_of(Cell("seglearn", name, POOLED, 3)) for name in (CENTRALISED, "end_to_end"))
+    assert central == baseline
+    with pytest.raises(ConfigError, match="known methods are end_to_end"):
+        plan_of(Cell("seglearn", "unknown", POOLED, 0))
+
+
+# Runs
+
+
+def test_a_cell_gives_a_row_with_its_score_its_costs_and_its_course(tiny_data: None) -> None:
+    row = run_cell(Cell("tiny", "layerwise", Setting("beta=5", 3, 0.67), 0, rounds=4))
+    json.dumps(row)
+    assert row["score_is"] == "test accuracy" and row["score"] == pytest.approx(row["accuracy_by_round"][-1], abs=1e-5)
+    assert row["score"] > 0.36  # three classes: chance is 0.33
+    assert row["stage_by_round"] == [0, 0, 1, 1] and len(row["train_loss_by_round"]) == 4 and row["devices"] == 3
+    first, second = row["stages"]
+    assert row["planned_bytes"] == max(first["planned_bytes"], second["planned_bytes"])
+    active = 2 * (2 * first["macs_per_sample"] + 2 * second["macs_per_sample"])
+    assert row["train_macs_per_sample_with_cache"] == active + second["prefix_macs_per_sample"]
+    assert row["train_macs_per_sample_without_cache"] == active + 2 * 2 * second["prefix_macs_per_sample"]
+    # Two of three devices in each round: a device computes two thirds of what it would, for 20 examples on average.
+    assert 0 < row["device_macs"] < 20 * row["train_macs_per_sample_with_cache"]
+    assert row["bytes_moved"] == row["bytes_down"] + row["bytes_up"] > 0
+
+
+def test_of_a_contrastive_model_the_score_is_recall_and_training_raises_it(tiny_data: None) -> None:
+    row = run_cell(Cell("pair", "end_to_end", Setting("natural"), 0, rounds=12))
+    assert row["score_is"] == "recall at 5"
+    assert row["score"] == pytest.approx((row["image_to_text_r5"] + row["text_to_image_r5"]) / 2)
+    assert row["score"] > 0.6  # chance is 5 of 12
+
+
+def test_the_probe_of_an_untrained_model_sees_the_labels_and_the_run_does_not(tiny_data: None) -> None:
+    row = run_cell(Cell("fashion_tiny", UNTRAINED, POOLED, 0))
+    assert row["score_is"] == "linear probe accuracy" and row["score"] > 0.5  # three classes far apart: chance is 0.33
+
+
+# The command
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Three cells of each seed that are not really run; gives the names of those that were asked for."""
+    asked: list[str] = []
+
+    def fake(cell: Cell) -> dict[str, object]:
+        asked.append(cell.key)
+        if cell.data == "emoji":
+            raise DataError("emojibase-data could not be fetched")
+        return row_of(cell)
+
+    def cells(seeds: list[int]) -> list[Cell]:
+        some = [("seglearn", "end_to_end"), ("seglearn", "layerwise"), ("emoji", "layerwise")]
+        return [Cell(data, method, Setting("natural"), seed) for seed in seeds for data, method in some]
+
+    monkeypatch.setattr(command, "run_cell", fake)
+    monkeypatch.setattr(command, "all_cells", cells)
+    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
+    return asked
+
+
+def row_of(cell: Cell, score: float | None = None, course: tuple[int, ...] = (0, 0, 1)) -> dict[str, object]:
+    score = (0.5 if cell.method == "end_to_end" else 0.6) + cell.seed / 100 if score is None else score
+    size = 200.0 if cell.method == "end_to_end" else 50.0
+    return {
+        **cell.as_row(),
+        "plan": plan_hash(cell),
+        "score": score,
+        "score_is": "test accuracy",
+        "seconds": 1.0,
+        **dict.fromkeys(COSTS, size),
+        "stage_by_round": list(course),
+        "accuracy_by_round": [0.3, None, score],
+    }
+
+
+def kept(tmp_path: Path) -> list[str]:
+    return [row["key"] for row in json.loads((tmp_path / "methods.json").read_text())["rows"]]
+
+
+def test_done_cells_are_kept_and_only_what_is_left_is_run(few: list[str], tmp_path: Path) -> None:
+    command.main(["--seeds", "0", "--only", "seglearn layerwise"])
+    assert len(few) == len(kept(tmp_path)) == 1
+    command.main(["--seeds", "0,1"])
+    assert len(few) == 6 and len(set(few)) == 6
+    assert len(kept(tmp_path)) == 4  # those of emoji ended in an error, which is told, and are left for the next time
+    command.main(["--seeds", "0,1"])
+    assert len(few) == 8 and all(key.startswith("emoji") for key in few[6:])
+    command.main(["--seeds", "0", "--only", "seglearn", "--fresh"])
+    assert len(few) == 10 and len(kept(tmp_path)) == 4
+    content = json.loads((tmp_path / "methods.json").read_text())
+    assert content["command"] == "make bench-methods" and len(content["summary"]) == 2
+    assert (tmp_path / "methods.png").stat().st_size > 1000
+
+
+def test_a_row_of_another_plan_is_run_again(few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command.main(["--seeds", "0", "--only", "seglearn layerwise"])
+    monkeypatch.setitem(METHODS, "layerwise", lambda *given: strategy_plan(*given, "layerwise", 2))
+    command.main(["--seeds", "0", "--only", "seglearn layerwise"])
+    assert len(few) == 2 and len(kept(tmp_path)) == 1
+
+
+def test_no_cell_is_started_when_the_time_is_up(few: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["--seeds", "0", "--minutes", "0"])
+    assert few == []
+    command.main(["--seeds", "0", "--list"])
+    assert "0 of 3 cells are done" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--list shows all names"):
+        command.main(["--only", "nothing like this"])
+
+
+def test_the_summary_pairs_seeds_and_compares_costs() -> None:
+    cells = [Cell("seglearn", method, Setting("natural"), seed) for method in ("end_to_end", "layerwise") for seed in (0, 1)]
+    scores = dict(zip((cell.key for cell in cells), (0.80, 0.90, 0.82, 0.91), strict=True))
+    linear = {**Cell("seglearn", LINEAR, POOLED, 0).as_row(), "score": 0.5, "score_is": "test accuracy", "plan": LINEAR}
+    baseline, layerwise, bound = summarise([*(row_of(cell, scores[cell.key]) for cell in cells), linear])
+    assert baseline["points_to_end_to_end"] == 0.0 and baseline["planned_bytes_times_less"] == 1.0
+    assert layerwise["points_to_end_to_end"] == pytest.approx(1.5)
+    assert layerwise["points_range"] == pytest.approx([1.0, 2.0])
+    assert layerwise["score_sd"] == pytest.approx(0.0636, abs=1e-4)
+    assert layerwise["bytes_moved_times_less"] == 4.0
+    assert bound["points_to_end_to_end"] is None and bound["bytes_moved_times_less"] is None and bound["score_sd"] is None
+    assert table_of([baseline, layerwise, bound]).row_count == 3
+
+
+def test_a_plot_is_drawn_also_of_runs_of_unequal_length_and_of_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    cell, other = (Cell("seglearn", "layerwise", Setting("natural"), seed) for seed in (0, 1))
+    short = row_of(other) | {"accuracy_by_round": [0.4, 0.5], "stage_by_round": [0, 0]}
+    for number, rows in enumerate(([row_of(cell), short], [])):
+        path = tmp_path / f"{number}.png"
+        draw(rows, path)
+        assert path.stat().st_size > 500
+
+
+def test_a_cell_that_cannot_have_its_data_tells_so(tiny_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(seed: int) -> Loaded:
+        raise DataError("the data package seglearn could not be fetched")
+
+    monkeypatch.setitem(DATA_SETS, "tiny", DataSet(TINY, fail))
+    with pytest.raises(DataError, match="seglearn"):
+        runner.run_cell(Cell("tiny", LINEAR, POOLED, 0))

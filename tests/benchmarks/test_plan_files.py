@@ -1,0 +1,32 @@
+"""The plan files are what docs/methods.md says they are: a user can copy each of them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lamina.plan import Plan
+from lamina.recipe import read_recipe
+
+ROOT = Path(__file__).parents[2]
+OWN_PAGE = {"minilm", "m2fedsa"}
+"""Those that need downloaded weights, or have a page of their own."""
+FILES = sorted(path for path in (ROOT / "benchmarks" / "plans").glob("*.toml") if path.stem not in OWN_PAGE)
+PAGE = (ROOT / "docs" / "methods.md").read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_plan_file_becomes_a_plan(path: Path) -> None:
+    from export.recipe import resolve
+
+    recipe = read_recipe(path)
+    assert not isinstance(recipe, Plan)
+    assert recipe.name == path.stem
+    assert path.read_text().startswith("# ")
+    plan = resolve(str(path)).plan
+    assert plan.strategy == recipe.strategy
+
+
+def test_the_page_lists_every_method() -> None:
+    listed = set(re.findall(r"`benchmarks/plans/(\w+)\.toml`", PAGE))
+    assert listed - OWN_PAGE == {path.stem for path in FILES}

@@ -1,0 +1,165 @@
+"""Self-supervised rounds with programs of the real exporter, through the device's own prepare and trainer.
+
+Slow where the program cache is empty: three programs are lowered.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_client.data import LocalData
+from edge_client.engines import load_engine
+from edge_client.heartbeat import Lease
+from edge_client.outcome import UPDATE
+from edge_client.prepare import prepare_job
+from edge_client.supervisor import OUTCOME
+from edge_client.trainer import do_job, features, stage_model, work
+from export.bundle import export_bundle
+from lamina.bundle import blob_path
+from lamina.model import Encoder, ModelDescription, Projection, SelfSupervised, SensorWindows
+from lamina.plan import SGD, Augmentation, FeatureStore, Plan, Training
+from lamina.strategies import make_stages
+from lamina.tensors import decode_file
+from lamina.wire import Assignment, CheckIn
+
+OBJECTIVES = {
+    "simclr": SelfSupervised(predictor_hidden=8),
+    "moco": SelfSupervised(method="moco", momentum=0.9, predictor_hidden=8, moon=0.1),
+    "byol": SelfSupervised(method="byol", momentum=0.9, predictor_hidden=8),
+}
+
+
+def make_plan(method):
+    encoder = Encoder(modality="motion", input=SensorWindows(channels=2, samples=8, patch=4), width=8, heads=2, layers=1)
+    model = ModelDescription(
+        name="m", encoders=(encoder,), projection=Projection(hidden=8, output=8), objective=OBJECTIVES[method]
+    )
+    training = Training(
+        batch_size=8,
+        local_epochs=4,
+        optimizer=SGD(momentum=0.9),
+        augmentation={"motion": Augmentation(noise=0.2, shift=1)},
+        features=FeatureStore(views=4),
+    )
+    stages = make_stages(model, "layerwise", [8], 0.1)
+    return Plan(name="p", model=model, strategy="layerwise", stages=stages, training=training)
+
+
+def examples(count, seed):
+    """Waves that differ in what augmentation leaves alone: the level and the size of each channel."""
+    random = np.random.default_rng(seed)
+    level, size = random.normal(size=(2, count, 2, 1)) * 2
+    return (level + size * np.sin(np.arange(8))).astype(np.float32)
+
+
+class House:
+    """A device with 24 examples, in one process, and what it is asked for."""
+
+    def __init__(self, method, folder, cache):
+        self.folder, self.engine = folder, load_engine("torch")
+        self.manifest = export_bundle(make_plan(method), folder / "bundle", ("torch",), cache=cache)
+        arrays = {f"{split}_motion": examples(count, seed) for seed, (split, count) in enumerate((("train", 24), ("test", 9)))}
+        np.savez(folder / "data.npz", **arrays)
+        self.data = LocalData(folder / "data.npz", folder / "scratch")
+        self.parameters = None
+
+    def job(self, phase="train", round=0, state="state"):
+        names = self.manifest.plan.stages[0].active
+        assignment = Assignment(
+            phase=phase,
+            run="r",
+            manifest=self.manifest.digest,
+            stage=0,
+            round=round,
+            weights={name: self.manifest.initial_weights[name] for name in names},
+            lease_seconds=60,
+            upload_encoding="fp32",
+        )
+        facts = CheckIn(engine="torch", modalities=("motion",), train_examples=24, test_examples=9)
+        fetch = lambda digest: blob_path(self.folder / "bundle", digest)  # noqa: E731
+        place = self.folder / state
+        job = prepare_job(assignment, self.manifest, self.data, fetch, place, "attic", "torch", facts, "", None)
+        Path(job.work_folder).mkdir(parents=True, exist_ok=True)
+        return replace(job, heartbeat=None)
+
+    def run(self, job):
+        """A job from the parameters that the last round ended with."""
+        lease = Lease(job, print)
+        views = features(job, self.engine, print, lease)
+        model = stage_model(job, self.engine)
+        if self.parameters is not None:
+            model.parameters[:] = self.parameters
+        result = work(model, views, job, print, lease)
+        model.close()
+        if job.phase == "train":
+            self.parameters = model.parameters.copy()
+        return result, model
+
+
+@pytest.fixture(scope="module")
+def houses(tmp_path_factory, program_cache):
+    made = {}
+
+    def house(method):
+        if method not in made:
+            made[method] = House(method, tmp_path_factory.mktemp(method), program_cache)
+        return made[method]
+
+    return house
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_rounds_lower_the_loss_in_training_and_on_test_views(houses, method):
+    house = houses(method)
+    house.parameters = None
+    before, _ = house.run(house.job("evaluate"))
+    losses = [house.run(house.job(round=number))[0].loss for number in range(8)]
+    after, _ = house.run(house.job("evaluate"))
+    assert before.num_examples == 8  # one of nine is left over, and has nothing to be told apart from
+    assert losses[-1] < 0.95 * losses[0]
+    assert after.loss < before.loss
+    assert 0 <= after.correct <= after.num_examples
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_a_device_holds_the_references_of_its_method_and_no_others(houses, method):
+    house = houses(method)
+    held = {"simclr": set(), "moco": {"momentum", "start", "previous"}, "byol": {"momentum"}}
+    _, model = house.run(house.job())
+    assert set(model._copies) == held[method]
+    tensors = {spec.name for spec in house.manifest.exchange_specs(0) if "predictor" not in spec.name}
+    count = sum(spec.count for spec in house.manifest.exchange_specs(0) if spec.name in tensors)
+    assert all(copy.values.size == count for copy in model._copies.values())
+    assert not model.previous or list((house.folder / "state" / "kept").iterdir())
+
+
+def test_the_first_step_is_that_of_its_own_copies(houses):
+    """Before the first step the momentum copy, the start and the previous model are the weights themselves."""
+    house = houses("moco")
+    job = house.job(state="fresh")
+    model = stage_model(job, house.engine)
+    for copy in model._copies.values():
+        np.testing.assert_array_equal(copy.values, np.concatenate(copy.originals()))
+
+
+def test_a_killed_round_is_trained_again_to_the_same_bits(houses, tmp_path):
+    """Also with the state of the round before it, and its own state already written."""
+    house = houses("moco")
+
+    def update(number):
+        job = house.job(round=number, state="again")
+        do_job(job, print, Lease(job, print))
+        folder = Path(job.work_folder)
+        assert json.loads((folder / OUTCOME).read_bytes())["kind"] == "trained"
+        return (folder / UPDATE).read_bytes()
+
+    update(0)
+    once = update(1)
+    assert update(1) == once
+    assert update(0) != once
+    (tmp_path / "update").write_bytes(once)
+    difference = decode_file(str(tmp_path / "update"), house.manifest.exchange_specs(0))
+    assert max(np.abs(value).max() for value in difference.values()) > 1e-3

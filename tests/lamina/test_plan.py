@@ -1,0 +1,127 @@
+"""A plan says at once what cannot be combined, and why."""
+
+import pytest
+from pydantic import ValidationError
+
+from lamina.model import (
+    Contrastive,
+    Encoder,
+    ImagePatches,
+    ModelDescription,
+    ModuleEncoder,
+    Projection,
+    SelfSupervised,
+    Supervised,
+)
+from lamina.model import Image as ImageInput
+from lamina.plan import Augmentation, Calibration, Cohort, DepthDropout, FeatureStore, Plan, Training
+from lamina.strategies import make_stages
+
+LAYERS = 4
+
+
+def encoder(modality: str) -> Encoder:
+    return Encoder(
+        modality=modality, input=ImagePatches(channels=1, height=8, width=8, patch=4), width=8, heads=2, layers=LAYERS
+    )
+
+
+def model(objective: Supervised | Contrastive | SelfSupervised, *modalities: str) -> ModelDescription:
+    return ModelDescription(
+        name="m",
+        encoders=tuple(encoder(modality) for modality in modalities),
+        projection=Projection(hidden=8, output=4),
+        objective=objective,
+    )
+
+
+BOTH = model(Supervised(classes=3), "image", "depth")
+VIEWS = model(SelfSupervised(method="byol"), "image")
+AUGMENTED = {"augmentation": {"image": Augmentation(noise=0.1)}, "features": FeatureStore(views=2)}
+
+
+def plan(description: ModelDescription, strategy: str = "layerwise", layers_per_stage: int = 1, **changes: object) -> Plan:
+    stages = make_stages(description, strategy, 8, 0.1, layers_per_stage)  # type: ignore[arg-type]
+    return Plan(name="p", model=description, strategy=strategy, stages=stages, **changes)  # type: ignore[arg-type]
+
+
+def test_every_method_has_a_legal_plan() -> None:
+    plan(BOTH)
+    plan(BOTH, device_modalities=(("image",), ("depth",)), zero_init=True)
+    plan(VIEWS, training=Training(**AUGMENTED))
+    plan(VIEWS, "progressive", training=Training(**AUGMENTED), calibration=Calibration(data="ours", learning_rate=0.1))
+    plan(BOTH, training=Training(depth_dropout=DepthDropout(budget=2), features=FeatureStore(keep="none")))
+    plan(BOTH, training=Training(depth_dropout=DepthDropout(budget=3, pool=2)))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: plan(VIEWS, training=Training(**AUGMENTED), calibration=Calibration(learning_rate=0.1)), "calibration.data"),
+        (
+            lambda: plan(VIEWS, training=Training(**AUGMENTED), calibration=Calibration(data="ours", learning_rate=0.1)),
+            "calibration changes the prefix in every round",
+        ),
+        (lambda: plan(BOTH, training=Training(depth_dropout=DepthDropout(budget=2))), "depth_dropout draws another prefix"),
+        (
+            lambda: plan(BOTH, "progressive", training=Training(depth_dropout=DepthDropout(budget=2, pool=1))),
+            "drops frozen layers, and strategy 'progressive' has none",
+        ),
+        (
+            lambda: plan(BOTH, layers_per_stage=2, training=Training(depth_dropout=DepthDropout(budget=2, pool=1))),
+            "must be above the 2 layers that are active",
+        ),
+        (lambda: Training(batch_size=1), "batch_size 1: .*BYOL"),
+        (lambda: plan(VIEWS), "give training.augmentation"),
+        (
+            lambda: plan(VIEWS, training=Training(**(AUGMENTED | {"features": FeatureStore(views=3)}))),
+            "features.views must be even, it is 3",
+        ),
+        (lambda: plan(VIEWS, training=Training(micro_batch=4, **AUGMENTED)), "self-supervised programs take the whole batch"),
+        (
+            lambda: plan(model(Contrastive(), "image", "depth"), device_modalities=(("image",),)),
+            "a device with one has nothing to pair",
+        ),
+        (lambda: plan(BOTH, device_modalities=(("depth", "image"),)), "must be some of"),
+        (lambda: plan(BOTH, device_modalities=(("sound",),)), "names 'sound'"),
+        (lambda: plan(BOTH, "end_to_end", zero_init=True), "attaches all at once"),
+        (
+            lambda: plan(model(Supervised(classes=3, distill=1.0), "image", "depth"), "progressive"),
+            "distill: only layerwise stages have a teacher",
+        ),
+        (lambda: model(SelfSupervised(), "image", "depth"), "one modality at a time"),
+        (lambda: model(Supervised(classes=3, fusion="gated"), "image"), "nothing to fuse"),
+        (lambda: model(Supervised(classes=3, blend={"sound": 1.0}), "image"), "blend names 'sound'"),
+        (lambda: model(Supervised(classes=3, fusion="co_attention"), "a", "b", "c"), "exactly two modalities"),
+        (lambda: Cohort(size=4, pool=3), "pool 3 is smaller than the cohort size 4"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_with_the_reason(make, reason: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValidationError, match=reason):
+        make()
+
+
+def test_zero_init_is_refused_for_layers_that_bring_their_own_start() -> None:
+    own = ModuleEncoder(
+        modality="image",
+        factory="mine:make",
+        input=ImageInput(channels=1, height=8, width=8),
+        features=((4, 8),) * (LAYERS + 1),
+        width=8,
+    )
+    description = BOTH.model_copy(update={"encoders": (own, encoder("depth"))})
+    with pytest.raises(ValidationError, match="bring their own start"):
+        plan(description, zero_init=True)
+
+
+def test_rate_scales_name_modalities_or_heads() -> None:
+    stages = make_stages(BOTH, "layerwise", 8, 0.1, rate_scales={"image": 0.5, "heads": 2.0})
+    rates = [stages[0].rate_scale(name) for name in ("image.stem", "image.layers.0", "depth.norm", "image.projection", "head")]
+    assert rates == [0.5, 0.5, 1.0, 2.0, 2.0]
+    with pytest.raises(ValidationError, match="rate_scales names 'sound'"):
+        Plan(
+            name="p",
+            model=BOTH,
+            strategy="layerwise",
+            stages=make_stages(BOTH, "layerwise", 8, 0.1, rate_scales={"sound": 1.0}),
+        )
