@@ -236,7 +236,7 @@ class SelfSupervised(Record):
     starts each round as a copy of the model and follows it: copy = momentum * copy + (1 - momentum) * model after each step.
 
     `moon` adds MOON's term: the projections move towards those of the model at the start of the round, away from those of the
-    device's last own model (methods, section 2.1). `align` adds half the symmetric InfoNCE between the projections and those
+    device's last own model (methods, section 2.1). `align` adds half the InfoNCE of the projections, of both views, to those
     of the model as received: our reconstruction of the alignment of LW-FedSSL v1 to v3 (section 2.2).
     """
 

@@ -38,6 +38,8 @@ from tests.small_plans import shared_bundle
 TOLERANCE = 1e-5
 BATCH = 3
 CLASSES = 2  # few, so that a class comes more than once in a batch
+# Lowering to ExecuTorch takes up to minutes: the one with references is lowered here, and every export compares each of its
+# programs with eager PyTorch by itself (`export.parity`).
 ALL, SOME = ENGINES, ("onnxruntime", "torch")
 _SIZES = {"width": 8, "heads": 2, "layers": 1}
 AUDIO = Encoder(modality="audio", input=AudioFrames(frames=3, coefficients=4), **_SIZES)
@@ -69,12 +71,12 @@ def fused(fusion: str, **terms: object) -> Plan:
 PLANS = {
     plan.name: (plan, engines)
     for plan, engines in (
-        (plan_of("simclr", SelfSupervised(method="simclr"), MOTION), ALL),
+        (plan_of("simclr", SelfSupervised(method="simclr"), MOTION), SOME),
         (plan_of("moco", SelfSupervised(method="moco", predictor_hidden=8), MOTION), ALL),
         (plan_of("byol", SelfSupervised(method="byol", predictor_hidden=8), MOTION), SOME),
         (plan_of("moon", SelfSupervised(method="simclr", moon=0.7, align=0.4), MOTION), SOME),
-        (plan_of("distill", Supervised(classes=CLASSES, distill=0.6), DEEP, strategy="layerwise"), ALL),
-        (fused("gated"), ALL),
+        (plan_of("distill", Supervised(classes=CLASSES, distill=0.6), DEEP, strategy="layerwise"), SOME),
+        (fused("gated"), SOME),
         (fused("sum"), SOME),
         (fused("self_attention"), SOME),
         (fused("co_attention"), SOME),

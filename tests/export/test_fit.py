@@ -26,7 +26,7 @@ def _trace_once():
     traced: dict[object, list[StageNeeds]] = {}
 
     def once(plan, micro_batch=None, on_progress=None):
-        key = plan.model.name, plan.stages, micro_batch
+        key = plan.model.name, str(plan.stages), micro_batch
         if key not in traced:
             traced[key] = stage_needs(plan, micro_batch)
         return traced[key]
