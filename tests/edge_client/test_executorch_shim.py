@@ -27,7 +27,7 @@ from edge_client.engines import load_engine
 from types import SimpleNamespace
 folder = Path(sys.argv[1])
 x = SimpleNamespace(name="x", shape=(2, 8), dtype="float32")
-program = SimpleNamespace(weights=((4, 8), (4,)), inputs=(x,), max_batch=8, precision="fp32")
+program = SimpleNamespace(weights=((4, 8), (4,)), inputs=(x,), max_batch=8, precision="fp32", references=())
 weights = [np.ones((4, 8), np.float32), np.ones(4, np.float32)]
 engine = load_engine("executorch")
 """
@@ -65,7 +65,7 @@ def fresh(code, *arguments):
 class EveryType:
     """A `.pte` of inputs that training programs do not have, as an int8 prefix does; and its description."""
 
-    role, precision, weights, max_batch = "frozen", "fp32", (), 4
+    role, precision, weights, references, max_batch = "frozen", "fp32", (), (), 4
 
     def __init__(self, folder):
         import torch
