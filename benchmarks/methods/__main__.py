@@ -29,9 +29,9 @@ from rich.console import Console
 from benchmarks import results_file
 from benchmarks.methods.cells import Cell, all_cells, chosen
 from benchmarks.methods.plot import draw
-from benchmarks.methods.run import plan_hash, run_cell
+from benchmarks.methods.run import plan_hash, row_or_error
 from benchmarks.methods.summary import NOTES, summarise, table_of
-from lamina.errors import ConfigError, LaminaError
+from lamina.errors import ConfigError
 
 RESULT, COMMAND = "methods", "make bench-methods"
 
@@ -89,7 +89,7 @@ def results(cells: Sequence[Cell], workers: int, seconds: float) -> Iterator[tup
         for cell in cells:
             if time.monotonic() >= end:
                 return
-            yield cell, _row_or_error(cell)
+            yield cell, row_or_error(cell)
         return
     # One thread for arithmetic in each; a process of its own imports everything anew, and so takes this to heart.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -99,16 +99,9 @@ def results(cells: Sequence[Cell], workers: int, seconds: float) -> Iterator[tup
         while running or (waiting and time.monotonic() < end):
             while waiting and len(running) < workers and time.monotonic() < end:
                 cell = waiting.pop()
-                running[pool.submit(_row_or_error, cell)] = cell
+                running[pool.submit(row_or_error, cell)] = cell
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
-
-
-def _row_or_error(cell: Cell) -> dict[str, Any] | str:
-    try:
-        return run_cell(cell)
-    except LaminaError as error:
-        return f"{error.code}: {error.message}"
 
 
 def known_rows() -> list[dict[str, Any]]:

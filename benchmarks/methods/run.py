@@ -18,7 +18,7 @@ from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, SELF_SUPERVISED
 from benchmarks.methods.retrieval import both_ways
 from benchmarks.methods.trained import TrainedModel
 from benchmarks.simulation import OnRound, SimulationResult, simulate
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, LaminaError
 from lamina.manifest import EngineName
 from lamina.names import LABEL
 from lamina.plan import Plan
@@ -64,6 +64,14 @@ def run_cell(cell: Cell, on_round: OnRound = lambda _: None) -> dict[str, Any]:
         result = simulate(plan, files, folder / "run", ENGINE, cell.setting.participation, on_round=on_round)
     seconds = {"seconds": time.monotonic() - started, "simulate_seconds": time.monotonic() - exported}
     return row | score(result, loaded) | describe(result) | {"cpu_seconds": result.cpu_seconds} | seconds
+
+
+def row_or_error(cell: Cell) -> dict[str, Any] | str:
+    """The row, or the error that ended the cell. It lives here because worker processes cannot import `__main__`."""
+    try:
+        return run_cell(cell)
+    except LaminaError as error:
+        return f"{error.code}: {error.message}"
 
 
 def score(result: SimulationResult, loaded: Loaded) -> dict[str, Any]:

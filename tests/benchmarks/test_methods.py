@@ -256,7 +256,7 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         some = [("seglearn", "end_to_end"), ("seglearn", "layerwise"), ("emoji", "layerwise")]
         return [Cell(data, method, Setting("natural"), seed) for seed in seeds for data, method in some]
 
-    monkeypatch.setattr(command, "run_cell", fake)
+    monkeypatch.setattr(runner, "run_cell", fake)
     monkeypatch.setattr(command, "all_cells", cells)
     monkeypatch.setattr(results_file, "RESULTS", tmp_path)
     return asked
