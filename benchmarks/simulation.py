@@ -16,35 +16,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.simulated_device import Device, SharedEngine
 from coordinator.aggregate import Contribution, weighted_mean
-from coordinator.calibration import calibration_specs
+from coordinator.assignments import needed_segments
 from coordinator.cohort import draw_cohort
 from coordinator.losses import mean_by_examples
-from coordinator.modalities import belongs, largest_set
 from coordinator.self_tuning import has_stalled
 from coordinator.stages import needs_teacher
 from coordinator.terms import agree
 from coordinator.updates import check_content
-from edge_client.data import LocalData
 from edge_client.engines import load_engine
-from edge_client.engines.base import Engine, LoadedProgram
 from edge_client.heartbeat import Lease
 from edge_client.job import Job
 from edge_client.prepare import prepare_job
-from edge_client.program_files import Fetch
+from edge_client.stage_model import StageModel
 from edge_client.train import Evaluated, Trained
 from edge_client.trainer import features, stage_model, update_file, work
 from export.bundle import export_bundle
 from lamina.bundle import blob_path
-from lamina.compression import Compression, available_compressions, compress, compress_file
-from lamina.depth import drawn_prefix
+from lamina.compression import Compression, compress, compress_file
 from lamina.errors import ConfigError
 from lamina.manifest import EngineName, Manifest
-from lamina.names import ProgramShape
 from lamina.plan import Plan, Stage
-from lamina.segments import TensorSpec
-from lamina.tensors import ENCODINGS, Encoding, Float32, decode_file, encode, hash_bytes
-from lamina.wire import Assignment, CheckIn, DeviceRole, Phase
+from lamina.segments import TensorSpec, belongs
+from lamina.tensors import Encoding, Float32, decode_file, encode, hash_bytes
+from lamina.wire import Assignment, Phase
 
 OnRound = Callable[["Round"], None]
 CALIBRATOR = "calibrator"
@@ -226,12 +222,12 @@ class Simulation:
             names = [name for name in stage.active if name in before.active or name in before.frozen]
             self._teacher = {name: self._masters[name] for name in names}
 
-    def _assign(self, device: "Device", phase: Phase, stage: int, number: int) -> Assignment:
+    def _assign(self, device: Device, phase: Phase, stage: int, number: int) -> Assignment:
         """The work of one device in one round: what `coordinator.assignments` and `coordinator.variants` answer. All that a
         coordinator decides for a device and a round belongs here."""
         plan = self._manifest.plan
         terms = agree(plan.training, device.facts)
-        names = self._segments(device, phase, stage, number)
+        names = needed_segments(self._manifest, phase, stage, number, device.name, device.modalities)
         weights = {name: self._variant(name, terms.download_encoding, "none") for name in names}
         packed = {name: self._variant(name, terms.download_encoding, terms.compression) for name in names}
         teacher = {name: blob for name, blob in self._teacher.items() if belongs(name, device.modalities)}
@@ -252,20 +248,7 @@ class Simulation:
             teacher_weights=teacher if phase == "train" else {},
         )
 
-    def _segments(self, device: "Device", phase: Phase, stage: int, number: int) -> list[str]:
-        """Those whose weights the work needs: with depth dropout, not all frozen ones."""
-        if phase == "calibrate":
-            return self._manifest.calibrated(stage)
-        plan, dropped = self._manifest.plan, set[str]()
-        found = plan.stages[stage]
-        dropout = plan.training.depth_dropout if phase == "train" else None
-        for modality in plan.model.modalities if dropout else ():
-            chain = found.frozen_chain(plan.model, modality)
-            layers = sum(".layers." in name for name in found.active_chain(plan.model, modality))
-            dropped |= {*chain} - {*drawn_prefix(chain, layers, dropout, plan.seed, stage, number, device.name)}
-        return [name for name in (*found.frozen, *found.active) if belongs(name, device.modalities) and name not in dropped]
-
-    def _prepare(self, device: "Device", phase: Phase, stage: int, number: int, is_asked: bool = True) -> Job:
+    def _prepare(self, device: Device, phase: Phase, stage: int, number: int, is_asked: bool = True) -> Job:
         """The job of a device. One that no coordinator asked, and that is only looked at, has a feature cache apart and
         downloads nothing: when it is asked later, it lacks what a real device would lack."""
         assignment = self._assign(device, phase, stage, number)
@@ -286,28 +269,32 @@ class Simulation:
             device.keep_only(blobs | set(self._manifest.programs))
         return replace(job, heartbeat=None)  # nobody listens
 
-    def _train(self, device: "Device", phase: Phase, stage: int, number: int) -> "_Update":
-        """As `edge_client.trainer.do_job`, and as the coordinator accepts what came of it."""
-        job = self._prepare(device, phase, stage, number)
+    def _work(self, job: Job) -> tuple[Trained | Evaluated, StageModel]:
+        """What came of a job, and the model that it left, its programs closed."""
         lease = Lease(job, _quiet)
         views = features(job, self._engine, _quiet, lease)
         model = stage_model(job, self._engine)
         try:
-            result = work(model, views, job, _quiet, lease)
+            return work(model, views, job, _quiet, lease), model
         finally:
             model.close()
+
+    def _train(self, device: Device, phase: Phase, stage: int, number: int) -> "_Update":
+        """As `edge_client.trainer.do_job`, and as the coordinator accepts what came of it."""
+        job = self._prepare(device, phase, stage, number)
+        result, model = self._work(job)
         assert isinstance(result, Trained)
         model.subtract_weights()
         path = device.state / "update.safetensors"
         path.write_bytes(update_file(model, job))
-        specs = self._manifest.exchange_specs(stage, device.modalities)
-        if phase == "calibrate":
-            specs = calibration_specs(self._manifest, stage)
+        is_calibration = phase == "calibrate"
+        manifest = self._manifest
+        specs = manifest.specs(manifest.calibrated(stage) if is_calibration else manifest.exchange(stage, device.modalities))
         content = check_content(str(path), specs)
         return _Update(
             result=result,
             modalities=device.modalities,
-            contribution=Contribution(content, 1 if phase == "calibrate" else result.num_examples, path, specs),
+            contribution=Contribution(content, 1 if is_calibration else result.num_examples, path, specs),
             frozen=tuple(step.segment.name for plan in job.features for step in plan.steps),
             bytes_up=_bytes_up(path, job),
         )
@@ -325,8 +312,9 @@ class Simulation:
         """As `coordinator.calibration`, with the one calibrator there is."""
         if self._calibrator is not None:
             update = self._train(self._calibrator, "calibrate", stage, number)
-            names, specs = self._manifest.calibrated(stage), calibration_specs(self._manifest, stage)
-            self._name_weights(names, weighted_mean(self._vector(names), [update.contribution], specs))
+            names = self._manifest.calibrated(stage)
+            new = weighted_mean(self._vector(names), [update.contribution], self._manifest.specs(names))
+            self._name_weights(names, new)
 
     def _vector(self, names: Sequence[str]) -> dict[str, Float32]:
         return {f"{name}/{key}": value for name in names for key, value in self._tensors(name).items()}
@@ -343,21 +331,14 @@ class Simulation:
             if path.name not in current:
                 path.unlink()
 
-    def _evaluate(self, cohort: Sequence["Device"], stage: int, number: int) -> dict[str, Evaluated]:
+    def _evaluate(self, cohort: Sequence[Device], stage: int, number: int) -> dict[str, Evaluated]:
         """What every device with test rows says of the newest weights. A coordinator asks the cohort alone, so the others
         download nothing for it."""
         found: dict[str, Evaluated] = {}
         for device in self._devices.values():
             if not device.data.test_examples:
                 continue
-            job = self._prepare(device, "evaluate", stage, number, is_asked=device in cohort)
-            lease = Lease(job, _quiet)
-            views = features(job, self._engine, _quiet, lease)
-            model = stage_model(job, self._engine)
-            try:
-                result = work(model, views, job, _quiet, lease)
-            finally:
-                model.close()
+            result, _ = self._work(self._prepare(device, "evaluate", stage, number, is_asked=device in cohort))
             assert isinstance(result, Evaluated)
             found[device.name] = result
         return found
@@ -390,93 +371,6 @@ class Simulation:
         if digest not in self._manifest.blobs:
             (self._store / digest).write_bytes(data)
         return digest
-
-
-class Device:
-    """A device's data, the modalities that it takes part with (none: all), what it keeps on disk, and which blobs it would
-    hold."""
-
-    def __init__(
-        self,
-        name: str,
-        file: Path,
-        state: Path,
-        manifest: Manifest,
-        engine: EngineName,
-        role: DeviceRole = "device",
-    ) -> None:
-        self.name, self.state = name, state
-        (state / "work").mkdir(parents=True, exist_ok=True)
-        self.data = LocalData(file, state / "data")
-        modalities = largest_set(manifest.plan, self.data.modalities)
-        if modalities is None:
-            raise ConfigError(f"{name} has data for {list(self.data.modalities)} alone, and the plan has no programs for that")
-        self.modalities = modalities
-        self.data.check(manifest.plan.model, modalities)
-        self.facts = CheckIn(
-            engine=engine,
-            modalities=self.data.modalities,
-            train_examples=self.data.train_examples,
-            test_examples=self.data.test_examples,
-            encodings=ENCODINGS,
-            compressions=available_compressions(),
-            role=role,
-        )
-        self.bytes_down = 0
-        self._held: set[str] = set()
-
-    def fetcher(self, assignment: Assignment, path_of: Fetch, manifest_bytes: int) -> Fetch:
-        """What `prepare_job` fetches with: finds the file, and counts its bytes if the device does not hold it yet."""
-        if assignment.manifest not in self._held:
-            self._held.add(assignment.manifest)
-            self.bytes_down += manifest_bytes
-        packed = {assignment.weights[name]: digest for name, digest in assignment.compressed_weights.items()}
-
-        def fetch(digest: str) -> Path:
-            if digest not in self._held:
-                self._held.add(digest)
-                self.bytes_down += path_of(packed.get(digest, digest)).stat().st_size
-            return path_of(digest)
-
-        return fetch
-
-    def keep_only(self, digests: set[str]) -> None:
-        """As `edge_client.blobs.BlobCache.keep_only`."""
-        self._held &= digests
-
-
-class SharedEngine:
-    """An engine that loads each program once; a program that is closed stays loaded for the next device."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self.name = engine, engine.name
-        self._programs: dict[tuple[str, str], LoadedProgram] = {}
-
-    def load(self, path: Path, program: ProgramShape) -> LoadedProgram:
-        # A file is named by its sha256; torch runs one file in several roles, each in its own way.
-        key = (path.name, program.role)
-        if key not in self._programs:
-            self._programs[key] = self._engine.load(path, program)
-        return _Open(self._programs[key])
-
-    def close(self) -> None:
-        """Gives back the runtime's memory; the engine can go on and loads anew."""
-        for program in self._programs.values():
-            program.close()
-        self._programs.clear()
-
-
-class _Open:
-    """A shared program as one device sees it."""
-
-    def __init__(self, program: LoadedProgram) -> None:
-        self._program = program
-
-    def run(self, arrays: Sequence[Any]) -> list[Any]:
-        return self._program.run(arrays)
-
-    def close(self) -> None:
-        """The program stays loaded."""
 
 
 @dataclass(frozen=True)

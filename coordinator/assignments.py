@@ -4,12 +4,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
-from coordinator.modalities import belongs
 from coordinator.tables import DeviceRow, RoundRow, RunRow, TeacherRow, WeightRow
 from coordinator.terms import Terms
 from lamina.depth import drawn_prefix
 from lamina.manifest import Manifest
-from lamina.plan import Plan
+from lamina.segments import belongs
 from lamina.wire import Assignment, Phase
 
 
@@ -25,7 +24,7 @@ def make_assignment(
 ) -> Assignment:
     """The work of a device in a round, with the float32 blobs of the weights. Stored facts alone decide it."""
     manifest = house.manifest(run.manifest)
-    names = _segments(manifest, row, device, phase, modalities)
+    names = needed_segments(manifest, phase, row.stage, row.round, device.name, modalities)
     return Assignment(
         phase=phase,
         run=run.id,
@@ -43,25 +42,21 @@ def make_assignment(
     )
 
 
-def _segments(manifest: Manifest, row: RoundRow, device: DeviceRow, phase: Phase, modalities: tuple[str, ...]) -> list[str]:
+def needed_segments(
+    manifest: Manifest, phase: Phase, stage_index: int, round_number: int, device: str, modalities: tuple[str, ...]
+) -> list[str]:
+    """The segments whose weights the work needs: with depth dropout, training leaves out frozen ones, by the device's name."""
     if phase == "calibrate":
-        return manifest.calibrated(row.stage)
-    stage = manifest.plan.stages[row.stage]
-    dropped = _dropped(manifest.plan, row, device.name) if phase == "train" else set()
+        return manifest.calibrated(stage_index)
+    plan, dropped = manifest.plan, set[str]()
+    stage = plan.stages[stage_index]
+    dropout = plan.training.depth_dropout
+    if dropout is not None and phase == "train":
+        for modality in plan.model.modalities:
+            chain = stage.frozen_chain(plan.model, modality)
+            active_layers = sum(".layers." in name for name in stage.active_chain(plan.model, modality))
+            dropped |= {*chain} - {*drawn_prefix(chain, active_layers, dropout, plan.seed, stage_index, round_number, device)}
     return [name for name in (*stage.frozen, *stage.active) if belongs(name, modalities) and name not in dropped]
-
-
-def _dropped(plan: Plan, row: RoundRow, device: str) -> set[str]:
-    """The frozen segments that this device leaves out in this round (depth dropout)."""
-    dropout, stage = plan.training.depth_dropout, plan.stages[row.stage]
-    if dropout is None:
-        return set()
-    dropped: set[str] = set()
-    for modality in plan.model.modalities:
-        chain = stage.frozen_chain(plan.model, modality)
-        active_layers = sum(1 for name in stage.active_chain(plan.model, modality) if ".layers." in name)
-        dropped |= {*chain} - {*drawn_prefix(chain, active_layers, dropout, plan.seed, row.stage, row.round, device)}
-    return dropped
 
 
 def _teacher(session: Session, run: RunRow, row: RoundRow, modalities: tuple[str, ...]) -> dict[str, str]:

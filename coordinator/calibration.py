@@ -21,7 +21,6 @@ from coordinator.tables import CalibrationRow, RoundRow, RunRow
 from coordinator.terms import Terms
 from coordinator.weights import name_weights, put_segments, read_weights
 from lamina.manifest import EngineName, Manifest
-from lamina.segments import TensorSpec
 
 log = logging.getLogger("lamina.coordinator")
 
@@ -45,15 +44,6 @@ def has_programs(manifest: Manifest, engine: EngineName) -> bool:
         for stage, programs in zip(manifest.plan.stages, manifest.stages, strict=True)
         if stage.rounds
     )
-
-
-def calibration_specs(manifest: Manifest, stage: int) -> list[TensorSpec]:
-    """Tensors of a calibrator's update, in order, named `segment/tensor`."""
-    return [
-        TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
-        for name in manifest.calibrated(stage)
-        for tensor in manifest.segment(name).tensors
-    ]
 
 
 def take_calibration(session: Session, row: RoundRow, device_id: str, terms: Terms, now: float, lease_ends: float) -> bool:
@@ -91,7 +81,7 @@ def apply_calibration(house: House, round_id: int) -> None:
         start = read_weights(house, session, run, names)
         content = session.get_one(CalibrationRow, round_id).content_sha256 or ""
     path = house.calibration_file(round_id)
-    new = weighted_mean(start, [Contribution(content, 1, path)], calibration_specs(manifest, stage))
+    new = weighted_mean(start, [Contribution(content, 1, path)], manifest.specs(names))
     commit_calibration(house, round_id, put_segments(house, manifest, names, new))
     path.unlink(missing_ok=True)
 

@@ -6,7 +6,6 @@ In rows and messages, no names at all stand for all modalities.
 from collections.abc import Iterable
 
 from lamina.plan import Plan
-from lamina.segments import HEAD
 
 
 def largest_set(plan: Plan, available: Iterable[str]) -> tuple[str, ...] | None:
@@ -19,11 +18,6 @@ def largest_set(plan: Plan, available: Iterable[str]) -> tuple[str, ...] | None:
         return ()
     fitting = [subset for subset in plan.device_modalities if has.issuperset(subset)]
     return max(fitting, key=len, default=None)
-
-
-def belongs(segment: str, modalities: tuple[str, ...]) -> bool:
-    """Whether a segment is part of the model of a device with these modalities."""
-    return not modalities or segment == HEAD or segment.partition(".")[0] in modalities
 
 
 def to_text(modalities: tuple[str, ...]) -> str:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
-from coordinator.calibration import calibration_specs
 from coordinator.house import House
 from coordinator.modalities import from_text
 from coordinator.rounds import advance, get_round, get_run
@@ -66,7 +65,7 @@ def find_slot(house: House, session: Session, address: Address, digest: str) -> 
     advance(house, session, run, house.clock())
     manifest = house.manifest(run.manifest)
     if row.phase == "calibrating" and calibration is not None and calibration.body_sha256 is None:
-        return Slot(run, row, calibration, Expected(calibration_specs(manifest, row.stage)))
+        return Slot(run, row, calibration, Expected(manifest.specs(manifest.calibrated(row.stage))))
     counted = (update and update.body_sha256) or (calibration and calibration.body_sha256)
     if counted is not None:
         raise UpdateRejectedError(

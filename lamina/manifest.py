@@ -26,7 +26,7 @@ from lamina.model import Name
 from lamina.names import ENGINES, LABEL, EngineName, Precision, Reference, Role, gradient_input, second_view
 from lamina.plan import Plan
 from lamina.record import Record
-from lamina.segments import HEAD, Segment, TensorSpec, segment_names
+from lamina.segments import Segment, TensorSpec, belongs, segment_names
 from lamina.tensors import hash_bytes
 
 __all__ = [
@@ -200,18 +200,19 @@ class Manifest(Record):
 
     def exchange(self, stage: int, modalities: Sequence[str] = ()) -> list[str]:
         """The segments that a device trains and sends in a stage: all active ones, or those of its modalities and the head."""
-        names = self.plan.stages[stage].active
-        if not modalities:
-            return list(names)
-        return [name for name in names if name == HEAD or name.partition(".")[0] in modalities]
+        return [name for name in self.plan.stages[stage].active if belongs(name, modalities)]
 
-    def exchange_specs(self, stage: int, modalities: Sequence[str] = ()) -> list[TensorSpec]:
-        """Tensors of the exchange vector of a stage, in order, named `segment/tensor`."""
+    def specs(self, segments: Sequence[str]) -> list[TensorSpec]:
+        """Tensors of these segments, in order, named `segment/tensor`."""
         return [
             TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
-            for name in self.exchange(stage, modalities)
+            for name in segments
             for tensor in self.segment(name).tensors
         ]
+
+    def exchange_specs(self, stage: int, modalities: Sequence[str] = ()) -> list[TensorSpec]:
+        """Tensors of the exchange vector of a stage, in order."""
+        return self.specs(self.exchange(stage, modalities))
 
     def calibrated(self, stage: int) -> list[str]:
         """The segments that the server trains in a stage: all that are attached so far, in exchange order."""

@@ -8,6 +8,7 @@ A segment owns an ordered list of named tensors. The order of segments given by 
 segment is the one order of the exchange vector, for every engine.
 """
 
+from collections.abc import Collection
 from math import prod
 from typing import Literal
 
@@ -71,6 +72,11 @@ HEAD = "head"
 def prefix_chain(model: ModelDescription, modality: str) -> list[str]:
     """The segments that a feature passes in order before the final norm: stem, then every layer."""
     return [stem(modality), *(layer(modality, i) for i in range(model.encoder(modality).layers))]
+
+
+def belongs(segment: str, modalities: Collection[str]) -> bool:
+    """Whether a segment is part of the model of a device with these modalities; none stand for all. The head belongs to all."""
+    return not modalities or segment == HEAD or segment.partition(".")[0] in modalities
 
 
 def heads_of(model: ModelDescription, modality: str) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.federated import federated_run
 from benchmarks.methods.costs import costs_of
-from benchmarks.simulation import SharedEngine, Simulation, SimulationResult, simulate
+from benchmarks.simulated_device import SharedEngine
+from benchmarks.simulation import Simulation, SimulationResult, simulate
 from export.bundle import export_bundle
 from lamina.errors import ConfigError
 from lamina.manifest import EngineName, Manifest

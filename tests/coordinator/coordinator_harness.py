@@ -23,7 +23,6 @@ import httpx
 import numpy as np
 
 from coordinator.app import create_app
-from coordinator.calibration import calibration_specs
 from coordinator.settings import Settings
 from coordinator.tables import SCHEMA_VERSION, UPGRADES
 from lamina.bundle import sign_bundle
@@ -299,7 +298,7 @@ class Device:
     def specs(self, assignment: Assignment) -> list[TensorSpec]:
         manifest = Manifest.from_json(self.coordinator.blob(assignment.manifest))
         if assignment.phase == "calibrate":
-            return calibration_specs(manifest, assignment.stage)
+            return manifest.specs(manifest.calibrated(assignment.stage))
         return manifest.exchange_specs(assignment.stage, assignment.modalities)
 
     def difference(self, assignment: Assignment) -> dict[str, Float32]:

@@ -18,7 +18,6 @@ from coordinator_harness import (
     work_until_finished,
 )
 
-from coordinator.calibration import calibration_specs
 from lamina.plan import Cohort
 from lamina.tensors import encode, hash_bytes
 from lamina.wire import Assignment, Refused
@@ -62,7 +61,7 @@ def test_all_that_is_attached_is_trained_on_top_of_the_mean(pair, coordinator: I
         new = coordinator.status().weights
         assert {name for name in new if new[name] != mean[name]} == set(manifest.calibrated(stage))
         assert {name for name in mean if mean[name] != before[name]} == set(manifest.plan.stages[stage].active)
-        learned = difference_of("server", calibration_specs(manifest, stage), stage, 0)
+        learned = difference_of("server", manifest.specs(manifest.calibrated(stage)), stage, 0)
         for name in manifest.calibrated(stage):
             specs = manifest.segment(name).tensors
             start = tensors_of(coordinator.blob(mean[name]), specs, tmp_path)
