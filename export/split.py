@@ -39,15 +39,8 @@ from lamina.files import write_durably
 from lamina.keys import own_key
 from lamina.manifest import ENGINES, EngineName
 from lamina.segments import Segment, TensorSpec, classifier, layer, norm, stem
-from lamina.split import (
-    FUSION,
-    SplitManifest,
-    SplitPlan,
-    SplitProgram,
-    modality_adapter,
-    taken_weights,
-    task_adapter,
-)
+from lamina.split import FUSION, SplitPlan, modality_adapter, task_adapter
+from lamina.split_manifest import SplitManifest, SplitProgram, taken_weights
 from lamina.tensors import decode_file, encode, hash_bytes
 
 OnProgress = Callable[[str, int, int], None]

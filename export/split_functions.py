@@ -18,13 +18,14 @@ from export.split_modules import Classify, ClassifyAndTransfer, DeviceStep, High
 from lamina.model import TextTokens
 from lamina.names import LABEL
 from lamina.segments import TensorSpec, classifier, layer, norm, stem
-from lamina.split import FUSED, FUSION, LOGITS, SplitPlan, modality_adapter, program_names, task_adapter
+from lamina.split import FUSED, FUSION, LOGITS, SplitPlan, modality_adapter, task_adapter
+from lamina.split_manifest import program_names
 
 _METRICS = ("loss", "fused_loss", "correct", "fused_correct")
 
 
 def split_functions(plan: SplitPlan, parts: Mapping[str, nn.Module]) -> list[SplitFunction]:
-    """Every program of the plan (`lamina.split.program_names`)."""
+    """Every program of the plan (`lamina.split_manifest.program_names`)."""
 
     def tensors_of(name: str) -> tuple[str, ...]:
         return tuple(f"{name}/{key}" for key, _ in parts[name].named_parameters())

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lamina.bundle import blob_path, manifest_bytes, read_signature
 from lamina.client import Client
-from lamina.split import SplitManifest, SplitStatus
+from lamina.split_manifest import SplitManifest
+from lamina.split_wire import SplitStatus
 from lamina.wire import SIGNATURE_HEADER, Published, RunList
 
 

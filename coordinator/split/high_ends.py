@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from coordinator.split.runtime import Optimizer, RunnableProgram, Runtime
 from lamina.errors import UpdateRejectedError
-from lamina.split import FUSION, SplitManifest, flat, float_arrays, task_adapter
+from lamina.split import FUSION, task_adapter
+from lamina.split_manifest import SplitManifest, flat, float_arrays
 from lamina.tensors import Float32, decode_file
 
 Values = dict[str, Float32]

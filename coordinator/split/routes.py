@@ -1,4 +1,4 @@
-"""The routes of split training (`lamina.split`); mounted beside the others by `coordinator.app`."""
+"""The routes of split training (`lamina.split_wire`); mounted beside the others by `coordinator.app`."""
 
 from hashlib import sha256
 from typing import Annotated
@@ -13,8 +13,8 @@ from coordinator.split.runtime import Runtime
 from lamina.errors import HashMismatchError, ProtocolError, TooLargeError
 from lamina.record import Record
 from lamina.segments import TensorSpec
-from lamina.split import SplitCheckIn, SplitEvaluation, SplitReport, features_up, gradients_up
 from lamina.split_bodies import body_limit
+from lamina.split_wire import SplitCheckIn, SplitEvaluation, SplitReport, features_up, gradients_up
 from lamina.wire import REPORT_HEADER, SIGNATURE_HEADER
 
 Authorization = Annotated[str | None, Header()]

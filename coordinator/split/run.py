@@ -23,14 +23,13 @@ from lamina.errors import ConfigError, RoundClosedError, UpdateRejectedError
 from lamina.files import write_durably
 from lamina.manifest import Sha256
 from lamina.record import Record
-from lamina.split import (
-    FUSED,
-    FUSION,
-    LOGITS,
+from lamina.split import FUSED, FUSION, LOGITS, task_adapter
+from lamina.split_bodies import pack, unpack
+from lamina.split_manifest import SplitManifest
+from lamina.split_wire import (
     SplitAccepted,
     SplitCheckIn,
     SplitEvaluation,
-    SplitManifest,
     SplitReport,
     SplitRound,
     SplitStatus,
@@ -40,9 +39,7 @@ from lamina.split import (
     features_down,
     features_up,
     gradients_up,
-    task_adapter,
 )
-from lamina.split_bodies import pack, unpack
 from lamina.tensors import Float32, decode_file, encode
 from lamina.wire import Count, Refused, Wait
 

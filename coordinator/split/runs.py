@@ -13,7 +13,8 @@ from coordinator.split.runtime import Runtime
 from lamina.compression import available_compressions
 from lamina.errors import BundleError, ConfigError, TensorFileError, UnknownNameError
 from lamina.signing import parse_signature
-from lamina.split import SplitCheckIn, SplitManifest, SplitWork
+from lamina.split_manifest import SplitManifest
+from lamina.split_wire import SplitCheckIn, SplitWork
 from lamina.tensors import decode_one_by_one, hash_bytes
 from lamina.wire import SIGNATURE_HEADER, Published, Refused, RunList, Wait
 

@@ -10,7 +10,8 @@ from edge_client.checks import is_finite
 from edge_client.engines.base import Array, Engine, LoadedProgram
 from edge_client.optimizers import Optimizer, make_optimizer
 from lamina.errors import EngineError, NonFiniteError
-from lamina.split import FUSION, SplitManifest, SplitProgram, flat, float_arrays, taken_weights
+from lamina.split import FUSION
+from lamina.split_manifest import SplitManifest, SplitProgram, flat, float_arrays, taken_weights
 from lamina.tensors import Float32, decode_file
 
 OpenBlob = Callable[[str], Path]

@@ -11,16 +11,9 @@ from edge_client.split.prefix import PrefixStore
 from edge_client.split.transport import SplitTransport
 from lamina.errors import NonFiniteError
 from lamina.segments import classifier
-from lamina.split import (
-    FUSED,
-    LOGITS,
-    SplitPlan,
-    SplitWork,
-    features_down,
-    gradients_down,
-    modality_adapter,
-)
+from lamina.split import FUSED, LOGITS, SplitPlan, modality_adapter
 from lamina.split_bodies import pack, unpack
+from lamina.split_wire import SplitWork, features_down, gradients_down
 from lamina.tensors import Float32
 
 

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from edge_client.transport import Transport
 from lamina.errors import ConfigError, ProtocolError
-from lamina.split import SPLIT_ANSWER, SplitAccepted, SplitCheckIn, SplitEvaluation, SplitReport, SplitWork
+from lamina.split_wire import SPLIT_ANSWER, SplitAccepted, SplitCheckIn, SplitEvaluation, SplitReport, SplitWork
 from lamina.wire import REPORT_HEADER, Refused, Wait
 
 _BYTES = {"Content-Type": "application/octet-stream"}

@@ -26,8 +26,9 @@ from edge_client.trust import Verifier
 from lamina.compression import available_compressions
 from lamina.errors import HashMismatchError, ProtocolError, RoundClosedError
 from lamina.names import EngineName
-from lamina.split import SplitCheckIn, SplitEvaluation, SplitManifest, SplitReport, SplitWork
 from lamina.split_bodies import pack
+from lamina.split_manifest import SplitManifest
+from lamina.split_wire import SplitCheckIn, SplitEvaluation, SplitReport, SplitWork
 from lamina.tensors import hash_bytes, max_file_bytes
 from lamina.wire import MAX_JSON_BYTES, Refused, Wait
 

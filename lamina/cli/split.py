@@ -11,7 +11,7 @@ from lamina.names import ENGINES
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lamina.split import SplitRound, SplitStatus
+    from lamina.split_wire import SplitRound, SplitStatus
 
 split = typer.Typer(
     name="split",
@@ -84,8 +84,8 @@ def publish(
     from lamina.bundle import MANIFEST, blob_path, check_blob, manifest_bytes, read_signature
     from lamina.client import read_token
     from lamina.keys import users_trust
-    from lamina.split import SplitManifest
     from lamina.split_client import SplitClient
+    from lamina.split_manifest import SplitManifest
     from lamina.tensors import hash_bytes
 
     data = manifest_bytes(bundle)

@@ -23,8 +23,10 @@ from lamina.files import write_durably
 from lamina.keys import own_key
 from lamina.manifest import EngineName
 from lamina.model import AudioFrames, Encoder, ImagePatches
-from lamina.split import AdapterSettings, FusionNet, SplitManifest, SplitPlan, SplitStatus, SplitTraining, Traffic, Users
+from lamina.split import AdapterSettings, FusionNet, SplitPlan, SplitTraining, Traffic, Users
 from lamina.split_client import SplitClient
+from lamina.split_manifest import SplitManifest
+from lamina.split_wire import SplitStatus
 from lamina.tensors import Float32, decode_file, encode, hash_bytes
 
 CLASSES = 4

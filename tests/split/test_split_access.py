@@ -13,18 +13,10 @@ import pytest
 
 from lamina.bundle import MANIFEST
 from lamina.errors import ConfigError
-from lamina.split import (
-    FUSION,
-    LOGITS,
-    SplitCheckIn,
-    SplitManifest,
-    SplitReport,
-    features_down,
-    features_up,
-    gradients_up,
-    task_adapter,
-)
+from lamina.split import FUSION, LOGITS, task_adapter
 from lamina.split_bodies import pack, unpack
+from lamina.split_manifest import SplitManifest
+from lamina.split_wire import SplitCheckIn, SplitReport, features_down, features_up, gradients_up
 from lamina.wire import DIGEST_HEADER, REPORT_HEADER, Enrolment
 from tests.split.house import Loopback, loopback, varied
 

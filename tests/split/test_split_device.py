@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from lamina.bundle import MANIFEST
-from lamina.split import FUSION, MIDDLE, SplitManifest, task_adapter
+from lamina.split import FUSION, MIDDLE, task_adapter
+from lamina.split_manifest import SplitManifest
 from tests.split.house import loopback, varied, write_data
 
 

@@ -12,7 +12,7 @@ from export.split import make_parts
 from export.split_functions import split_functions
 from export.split_graphs import eager, graph
 from lamina.segments import TensorSpec
-from lamina.split import SplitProgram
+from lamina.split_manifest import SplitProgram
 from lamina.tensors import hash_bytes
 from tests.split.house import make_plan
 

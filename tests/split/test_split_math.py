@@ -12,7 +12,8 @@ from export.split import make_parts
 from export.split_modules import HighEnd, LowPrefix
 from lamina.plan import SGD
 from lamina.segments import classifier, layer, norm, stem
-from lamina.split import FUSION, SplitManifest, SplitPlan, modality_adapter, task_adapter
+from lamina.split import FUSION, SplitPlan, modality_adapter, task_adapter
+from lamina.split_manifest import SplitManifest
 from lamina.tensors import decode_file
 from tests.split.house import loopback, varied, write_data
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from lamina.bundle import MANIFEST
-from lamina.split import FUSION, MIDDLE, SplitManifest, SplitStatus, Traffic, modality_adapter, task_adapter
+from lamina.split import FUSION, MIDDLE, Traffic, modality_adapter, task_adapter
+from lamina.split_manifest import SplitManifest
+from lamina.split_wire import SplitStatus
 from tests.split.house import loopback, varied, write_data
 
 

@@ -1,0 +1,160 @@
+"""Split training: the messages between users and coordinator, and the tensors in their bodies.
+
+    POST /v1/split/runs                                            SplitManifest, Signature in a header -> Published (admin)
+    GET  /v1/split/runs                                            RunList
+    GET  /v1/split/runs/{run}                                      SplitStatus
+    POST /v1/split/check-in                                        SplitCheckIn -> SplitWork | Wait | Refused
+    POST {round}/steps/{step}/features?examples=N                  activations of the low ends -> features, fused logits
+    POST {round}/steps/{step}/gradients?examples=N                 gradients of those -> gradients of the activations
+    POST {round}/answers?examples=N                                activations of test data -> features, fused logits
+    PUT  {round}/update                                            tensor file, SplitReport in a header -> SplitAccepted
+    PUT  {round}/evaluation                                        SplitEvaluation -> SplitAccepted
+
+{round} is /v1/split/runs/{run}/rounds/{round}. Bodies of the first three are `lamina.split_bodies`.
+"""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, TypeAdapter
+
+from lamina.compression import Compression
+from lamina.manifest import Sha256
+from lamina.model import Name
+from lamina.names import EngineName
+from lamina.record import GrowingRecord, Record
+from lamina.segments import TensorSpec
+from lamina.split import FUSED, LOGITS, SplitPlan
+from lamina.wire import Count, DeviceName, Refused, RunState, Seconds, Wait
+
+
+class SplitCheckIn(Record):
+    """A user asks for work and says what it has; a user has all modalities of the plan."""
+
+    engine: EngineName
+    modalities: tuple[Name, ...]
+    train_examples: Annotated[int, Field(ge=1)]
+    test_examples: Count
+    run: str | None = None
+    compressions: tuple[Compression, ...] = ("none",)
+
+
+class SplitWork(Record):
+    """Work for one round: `train` or `evaluate` with these weights. After the switch, `fused` is true.
+
+    The turn is kept for `lease_seconds` after each message.
+    """
+
+    kind: Literal["work"] = "work"
+    phase: Literal["train", "evaluate"]
+    run: str
+    manifest: Sha256
+    round: Count
+    fused: bool
+    weights: dict[str, Sha256]
+    lease_seconds: Seconds
+
+
+SplitAnswer = Annotated[SplitWork | Wait | Refused, Field(discriminator="kind")]
+SPLIT_ANSWER: TypeAdapter[SplitWork | Wait | Refused] = TypeAdapter(SplitAnswer)
+
+
+class SplitReport(Record):
+    """What a round cost a user. `loss` is the mean over examples of each modality's loss, `fused_loss` that of the fusion net.
+
+    `bytes_up` and `bytes_down` count message bodies since the last report, without this update.
+    """
+
+    num_examples: Annotated[int, Field(ge=1)]
+    loss: dict[Name, float]
+    fused_loss: float
+    train_seconds: Seconds
+    peak_bytes: Count
+    bytes_down: Count
+    bytes_up: Count
+
+
+class SplitEvaluation(Record):
+    """Results on the user's test examples, by modality and of the fusion net: mean losses and how many were right."""
+
+    num_examples: Count
+    correct: dict[Name, Count]
+    loss: dict[Name, float]
+    fused_correct: Count
+    fused_loss: float
+
+
+class SplitAccepted(Record):
+    run: str
+    round: Count
+
+
+class SplitUserReport(Record):
+    user: DeviceName
+    report: SplitReport
+
+
+class SplitTraffic(Record):
+    """Measured sizes of the bodies of the training steps of a round, all users together."""
+
+    steps: Count = 0
+    features_up_bytes: Count = 0
+    features_down_bytes: Count = 0
+    gradients_up_bytes: Count = 0
+    gradients_down_bytes: Count = 0
+
+
+class SplitRound(GrowingRecord):
+    """A round that is aggregated. `test_*` are None until evaluated; `notes` say who lost a turn."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("notes",)
+
+    round: Count
+    fused: bool
+    users: tuple[SplitUserReport, ...]
+    fused_loss: float
+    traffic: SplitTraffic
+    test_examples: Count = 0
+    test_correct: dict[Name, Count] = Field(default_factory=dict)
+    test_fused_correct: Count = 0
+    notes: tuple[str, ...] = ()
+
+    def test_accuracy(self, modality: str | None = None) -> float | None:
+        """That of one modality alone, or of the fusion net."""
+        correct = self.test_fused_correct if modality is None else self.test_correct.get(modality, 0)
+        return correct / self.test_examples if self.test_examples else None
+
+
+class SplitStatus(Record):
+    """A run with its finished rounds. `weights` are the newest blobs of the trained parts."""
+
+    run: str
+    name: str
+    state: RunState
+    manifest: Sha256
+    round: Count
+    fused: bool
+    detail: str
+    rounds: tuple[SplitRound, ...]
+    weights: dict[str, Sha256]
+
+
+def features_up(plan: SplitPlan, examples: int) -> list[TensorSpec]:
+    """The activations of the low ends, (examples, tokens, width)."""
+    return [TensorSpec(name=e.modality, shape=(examples, e.input.tokens, e.width)) for e in plan.encoders]
+
+
+def features_down(plan: SplitPlan, examples: int, fused: bool) -> list[TensorSpec]:
+    """The features of the high ends, the fused logits, and after the switch f. Logits are a vector, which int8 leaves exact."""
+    specs = [TensorSpec(name=e.modality, shape=(examples, e.width)) for e in plan.encoders]
+    specs.append(TensorSpec(name=LOGITS, shape=(examples * plan.classes,)))
+    return [*specs, TensorSpec(name=FUSED, shape=(examples, plan.width))] if fused else specs
+
+
+def gradients_up(plan: SplitPlan, examples: int, fused: bool) -> list[TensorSpec]:
+    """Gradients of each modality's loss for its features; before the switch, of the fused loss for the logits."""
+    specs = [TensorSpec(name=e.modality, shape=(examples, e.width)) for e in plan.encoders]
+    return specs if fused else [*specs, TensorSpec(name=LOGITS, shape=(examples * plan.classes,))]
+
+
+gradients_down = features_up
+"""Gradients of the activations have their shapes."""
