@@ -1,4 +1,7 @@
-"""A plan says at once what cannot be combined, and why."""
+"""A plan says at once what cannot be combined, and why; what can be is the same plan after a passage through JSON."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -15,8 +18,13 @@ from lamina.model import (
 )
 from lamina.model import Image as ImageInput
 from lamina.plan import Augmentation, Calibration, Cohort, DepthDropout, FeatureStore, Plan, Training
+from lamina.split import SplitPlan
 from lamina.strategies import make_stages
 
+PLANS = Path(__file__).parents[2] / "benchmarks" / "plans"
+NEEDS_WEIGHTS = "minilm"
+"""Its model is built of downloaded weights."""
+PLAN_FILES = sorted(path for path in PLANS.rglob("*") if path.is_file() and path.stem != NEEDS_WEIGHTS)
 LAYERS = 4
 
 
@@ -45,13 +53,36 @@ def plan(description: ModelDescription, strategy: str = "layerwise", layers_per_
     return Plan(name="p", model=description, strategy=strategy, stages=stages, **changes)  # type: ignore[arg-type]
 
 
-def test_every_method_has_a_legal_plan() -> None:
-    plan(BOTH)
-    plan(BOTH, device_modalities=(("image",), ("depth",)), zero_init=True)
-    plan(VIEWS, training=Training(**AUGMENTED))
-    plan(VIEWS, "progressive", training=Training(**AUGMENTED), calibration=Calibration(data="ours", learning_rate=0.1))
-    plan(BOTH, training=Training(depth_dropout=DepthDropout(budget=2), features=FeatureStore(keep="none")))
-    plan(BOTH, training=Training(depth_dropout=DepthDropout(budget=3, pool=2)))
+LEGAL = {
+    "supervised": lambda: plan(BOTH),
+    "missing modalities, zero start": lambda: plan(BOTH, device_modalities=(("image",), ("depth",)), zero_init=True),
+    "self-supervised": lambda: plan(VIEWS, training=Training(**AUGMENTED)),
+    "calibrated": lambda: plan(
+        VIEWS, "progressive", training=Training(**AUGMENTED), calibration=Calibration(data="ours", learning_rate=0.1)
+    ),
+    "depth dropout": lambda: plan(
+        BOTH, training=Training(depth_dropout=DepthDropout(budget=2), features=FeatureStore(keep="none"))
+    ),
+    "depth dropout of a pool": lambda: plan(BOTH, training=Training(depth_dropout=DepthDropout(budget=3, pool=2))),
+}
+
+
+@pytest.mark.parametrize("make", LEGAL.values(), ids=LEGAL)
+def test_every_method_has_a_legal_plan(make: Callable[[], Plan]) -> None:
+    made = make()
+    assert Plan.from_json(made.to_json()) == made
+
+
+@pytest.mark.parametrize("path", PLAN_FILES, ids=lambda path: path.stem)
+def test_the_plan_of_a_plan_file_is_the_same_after_a_passage_through_json(path: Path) -> None:
+    from export.recipe import resolve
+
+    read = SplitPlan.from_toml(path) if path.parent.name == "split" else resolve(str(path)).plan
+    assert type(read).from_json(read.to_json()) == read
+
+
+def test_every_plan_file_was_read_but_one() -> None:
+    assert len(PLAN_FILES) == sum(path.is_file() for path in PLANS.rglob("*")) - 1
 
 
 @pytest.mark.parametrize(
