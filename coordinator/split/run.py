@@ -12,19 +12,15 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from threading import RLock
 
-from pydantic import Field
-
 from coordinator.house import House
-from coordinator.slots import MAX_DIFFERENCE
 from coordinator.split.aggregate import mean_over_users, share_middle
-from coordinator.split.high_ends import HighEnds, Snapshot, Values
+from coordinator.split.high_ends import HighEnds
+from coordinator.split.state import SplitState, save_state
 from coordinator.split.switch import is_steady
+from coordinator.split.turn import Turn, TurnSteps, check_count
+from coordinator.split.update import Update, read_update
 from lamina.errors import ConfigError, RoundClosedError, UpdateRejectedError
-from lamina.files import write_durably
-from lamina.manifest import Sha256
-from lamina.record import Record
-from lamina.split import FUSED, FUSION, LOGITS, task_adapter
-from lamina.split_bodies import pack, unpack
+from lamina.split import FUSION, task_adapter
 from lamina.split_manifest import SplitManifest
 from lamina.split_wire import (
     SplitAccepted,
@@ -36,49 +32,11 @@ from lamina.split_wire import (
     SplitTraffic,
     SplitUserReport,
     SplitWork,
-    features_down,
-    features_up,
-    gradients_up,
 )
 from lamina.tensors import Float32, decode_file, encode
-from lamina.wire import Count, Refused, Wait
+from lamina.wire import Refused, Wait
 
 log = logging.getLogger("lamina.coordinator")
-
-
-class SplitState(Record):
-    """What survives: `round` is the next one to train; `evaluating` are the users (id -> name) whose evaluation of the round
-    before it is awaited; `evaluated` those that have answered."""
-
-    format: int = 1
-    run: str
-    manifest: Sha256
-    round: Count = 0
-    fused: bool = False
-    weights: dict[str, Sha256]
-    rounds: tuple[SplitRound, ...] = ()
-    evaluating: dict[str, str] = Field(default_factory=dict)
-    evaluated: tuple[str, ...] = ()
-
-
-@dataclass
-class _Turn:
-    """The steps of one user. `answered` is the last answer, for a user whose connection broke before it arrived."""
-
-    user: str
-    seen: float
-    start: Snapshot | None
-    steps: int = 0
-    activations: Values | None = None
-    features: Values = field(default_factory=dict)
-    answered: tuple[str, bytes] | None = None
-
-
-@dataclass
-class _Update:
-    digest: str
-    report: SplitReport
-    differences: dict[str, Float32]
 
 
 @dataclass
@@ -86,10 +44,9 @@ class _Round:
     """The round that is under way; a restart forgets it. `cohort` is ordered by name, and empty before the round begins."""
 
     cohort: list[str] = field(default_factory=list)
-    updates: dict[str, _Update] = field(default_factory=dict)
+    updates: dict[str, Update] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
-    turn: _Turn | None = None
-    traffic: SplitTraffic = field(default_factory=SplitTraffic)
+    turn: Turn | None = None
 
 
 class SplitRun:
@@ -107,7 +64,7 @@ class SplitRun:
         self.plan = manifest.plan
         self._state = state
         self._lock = RLock()
-        self._high: HighEnds | None = None
+        self._steps: TurnSteps | None = None
         self._asked: dict[str, float] = {}  # when each device last asked for work
         self._leases: dict[str, float] = {}  # of the users of a round that train by themselves, or evaluate
         self._now = _Round()
@@ -142,52 +99,27 @@ class SplitRun:
                 whose = self._names(self._now.turn.user) if self._now.turn else "nobody"
                 return self._wait("round", f"round {self._state.round}: it is the turn of {whose}")
             else:
-                self._begin_turn(device, now)
+                self._now.turn = self._turn_steps().begin_again(self._now.turn, now)
             return self._work("train", self._state.round, self._state.fused)
 
     def features(self, device: str, round: int, step: int, examples: int, body: bytes) -> bytes:
         """Activations up, features down: the first half of a step. The same body again gives the same answer."""
         with self._lock:
             turn = self._turn_of(device, round)
-            key = _key("features", step, examples, body)
-            if turn.answered and turn.answered[0] == key:
-                return turn.answered[1]
-            if step != turn.steps or turn.activations is not None:
-                raise RoundClosedError(f"step {step} does not follow step {turn.steps - 1}; check in to begin the round again")
-            activations = self._activations(body, examples)
-            answer, features = self._forward(activations, examples, self._state.fused)
-            turn.activations, turn.features, turn.answered = activations, features, (key, answer)
-            self._count(features_up_bytes=len(body), features_down_bytes=len(answer))
-            return answer
+            return self._turn_steps().features(turn, step, examples, body, self._state.fused)
 
     def gradients(self, device: str, round: int, step: int, examples: int, body: bytes) -> bytes:
         """Gradients up, gradients down: the second half of a step, which trains the task adapters and the fusion net."""
         with self._lock:
             turn = self._turn_of(device, round)
-            key = _key("gradients", step, examples, body)
-            if turn.answered and turn.answered[0] == key:
-                return turn.answered[1]
-            activations = turn.activations
-            if step != turn.steps or activations is None:
-                raise RoundClosedError(f"step {step} has no features yet; check in to begin the round again")
-            if examples != len(next(iter(activations.values()))):
-                raise UpdateRejectedError(f"step {step} has other examples than its features")
-            traffic, fused = self.plan.traffic, self._state.fused
-            specs = gradients_up(self.plan, examples, fused)
-            given = unpack(body, specs, traffic.gradients, traffic.compression, are_gradients=True)
-            of_logits = None if fused else given.pop(LOGITS).reshape(examples, self.plan.classes)
-            down = self._high_ends().backward(activations, turn.features, given, of_logits)
-            answer = pack(down, traffic.gradients, traffic.compression, are_gradients=True)
-            turn.steps, turn.activations, turn.answered = step + 1, None, (key, answer)
-            self._count(steps=1, gradients_up_bytes=len(body), gradients_down_bytes=len(answer))
-            return answer
+            return self._turn_steps().gradients(turn, step, examples, body, self._state.fused)
 
     def answers(self, device: str, round: int, examples: int, body: bytes) -> bytes:
         """Activations of test examples up, features and fused logits down; nothing is trained."""
         with self._lock:
             self._check_evaluating(device, round)
             self._leases[device] = self._house.clock()
-            return self._forward(self._activations(body, examples), examples, False)[0]
+            return self._turn_steps().answers(examples, body)
 
     def update(self, device: str, round: int, body: bytes, report: SplitReport) -> SplitAccepted:
         """A user's differences of what it trained. The round ends with the last one."""
@@ -206,18 +138,7 @@ class SplitRun:
                 raise RoundClosedError(
                     f"round {round} of {self._state.run} takes no update of this user; check in for new work"
                 )
-            if set(report.loss) != set(self.plan.modalities):
-                raise UpdateRejectedError(
-                    f"the report has losses of {sorted(report.loss)}, not of {list(self.plan.modalities)}"
-                )
-            if max(abs(value) for value in (report.fused_loss, *report.loss.values())) > MAX_DIFFERENCE:
-                raise UpdateRejectedError(f"the report has a loss above {MAX_DIFFERENCE:g}: the training diverged")
-            specs = self.manifest.specs(self.plan.sent(self._state.fused))
-            found = unpack(body, specs, self.plan.traffic.updates, self.plan.traffic.compression)
-            for name, value in found.items():
-                if value.size and float(abs(value).max()) > MAX_DIFFERENCE:
-                    raise UpdateRejectedError(f"tensor {name!r} moved by more than {MAX_DIFFERENCE:g}: the training diverged")
-            self._now.updates[device] = _Update(digest, report, found)
+            self._now.updates[device] = read_update(self.manifest, self._state.fused, digest, body, report)
             self._now.turn = None
             self._advance(self._house.clock())
             return SplitAccepted(run=self._state.run, round=round)
@@ -306,7 +227,7 @@ class SplitRun:
             self._now.cohort = sorted(drawn[: self.plan.users.size], key=self._names)
             self._leases = dict.fromkeys(self._now.cohort, now)
             if self.plan.party == "server":
-                self._high_ends().load(self._state.weights)
+                self._turn_steps().load(self._state.weights)
         if self.plan.party == "device":
             self._now.lost |= {u for u in self._now.cohort if u not in self._now.updates and self._leases[u] + lease < now}
         elif self._now.turn is not None and self._now.turn.seen + lease < now:
@@ -314,13 +235,13 @@ class SplitRun:
                 "%s: %s lost its turn in round %d", self._state.run, self._names(self._now.turn.user), self._state.round
             )
             self._now.lost.add(self._now.turn.user)
-            self._take_back()
+            self._turn_steps().take_back(self._now.turn)
             self._now.turn = None
         left = [user for user in self._now.cohort if user not in self._now.updates and user not in self._now.lost]
         if left:
             if self.plan.party == "server" and self._now.turn is None:
                 # It has a lease before it has asked: one that has left must not stop the others.
-                self._now.turn = _Turn(left[0], now, self._high_ends().snapshot())
+                self._now.turn = self._turn_steps().begin(left[0], now)
             return
         if len(self._now.updates) >= self.plan.users.min_users:
             self._aggregate()
@@ -340,7 +261,7 @@ class SplitRun:
             new[part] = mean_over_users(start, given)
         for part in (*(task_adapter(m) for m in self.plan.modalities), FUSION):
             if self.plan.party == "server":
-                new[part] = self._high_ends().tensors(part)
+                new[part] = self._turn_steps().tensors(part)
         adapters = share_middle({m: new[task_adapter(m)] for m in self.plan.modalities})
         new |= {task_adapter(m): tensors for m, tensors in adapters.items()}
         if self._state.fused:
@@ -354,7 +275,7 @@ class SplitRun:
             fused=self._state.fused,
             users=tuple(SplitUserReport(user=self._names(user), report=self._now.updates[user].report) for user in users),
             fused_loss=fused_loss,
-            traffic=self._now.traffic,
+            traffic=self._steps.traffic if self._steps else SplitTraffic(),
             notes=tuple(
                 f"{self._names(user)} fell silent and does not count" for user in sorted(self._now.lost, key=self._names)
             ),
@@ -370,27 +291,13 @@ class SplitRun:
         )
         log.info("%s: round %d is aggregated from %d users", self._state.run, number, len(users))
         self._forget_round()
-        if self._high is not None:
-            self._high.load(self._state.weights)
+        if self._steps is not None:
+            self._steps.load(self._state.weights)
 
     def _forget_round(self) -> None:
         self._now, self._leases = _Round(), {}
 
-    def _begin_turn(self, device: str, now: float) -> None:
-        """From the start of the turn, also for a user that had begun and was interrupted."""
-        assert self._now.turn is not None
-        self._take_back()
-        self._now.turn = _Turn(device, now, self._now.turn.start)
-
-    def _take_back(self) -> None:
-        if (
-            self._now.turn is not None
-            and self._now.turn.start is not None
-            and (self._now.turn.steps or self._now.turn.activations)
-        ):
-            self._high_ends().restore(self._now.turn.start)
-
-    def _turn_of(self, device: str, round: int) -> _Turn:
+    def _turn_of(self, device: str, round: int) -> Turn:
         turn = self._now.turn
         if round != self._state.round or self._state.evaluating or turn is None or turn.user != device:
             raise RoundClosedError(f"it is not the turn of this user in round {round} of {self._state.run}; check in for work")
@@ -443,34 +350,17 @@ class SplitRun:
             }
         )
 
-    def _activations(self, body: bytes, examples: int) -> Values:
-        self.check_count(examples)
-        traffic = self.plan.traffic
-        return unpack(body, features_up(self.plan, examples), traffic.activations, traffic.compression)
-
     def check_count(self, examples: int) -> None:
         """Before a body is read: how large it may be follows from the number of examples."""
-        if not 1 <= examples <= self.plan.training.batch_size:
-            raise UpdateRejectedError(f"a step has 1..{self.plan.training.batch_size} examples, given {examples}")
+        check_count(self.plan, examples)
 
-    def _forward(self, activations: Values, examples: int, fused: bool) -> tuple[bytes, Values]:
-        features, f, logits = self._high_ends().forward(activations)
-        sent = {**features, LOGITS: logits.reshape(-1), **({FUSED: f} if fused else {})}
-        assert [spec.name for spec in features_down(self.plan, examples, fused)] == list(sent)
-        return pack(sent, self.plan.traffic.activations, self.plan.traffic.compression), features
-
-    def _count(self, **more: int) -> None:
-        self._now.traffic = self._now.traffic.model_copy(
-            update={name: getattr(self._now.traffic, name) + count for name, count in more.items()}
-        )
-
-    def _high_ends(self) -> HighEnds:
-        if self._high is None:
+    def _turn_steps(self) -> TurnSteps:
+        if self._steps is None:
             if self.plan.party == "device":
                 raise ConfigError("users of this run train by themselves; there are no steps to send")
-            self._high = self._make_high()
-            self._high.load(self._state.weights)
-        return self._high
+            self._steps = TurnSteps(self.plan, self._make_high())
+            self._steps.load(self._state.weights)
+        return self._steps
 
     def _tensors(self, part: str) -> dict[str, Float32]:
         path = self._house.blobs.path(self._state.weights[part])
@@ -479,11 +369,3 @@ class SplitRun:
     def _save(self, **changes: object) -> None:
         self._state = self._state.model_copy(update=changes)
         save_state(self._house, self._state)
-
-
-def save_state(house: House, state: SplitState) -> None:
-    write_durably(house.settings.state / "split" / f"{state.run}.json", state.to_json())
-
-
-def _key(kind: str, step: int, examples: int, body: bytes) -> str:
-    return f"{kind}/{step}/{examples}/{sha256(body).hexdigest()}"

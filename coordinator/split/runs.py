@@ -8,8 +8,9 @@ from coordinator.devices import get_device
 from coordinator.house import House
 from coordinator.signatures import keep_signature, publishers_trust
 from coordinator.split.high_ends import HighEnds
-from coordinator.split.run import SplitRun, SplitState, save_state
+from coordinator.split.run import SplitRun
 from coordinator.split.runtime import Runtime
+from coordinator.split.state import SplitState, save_state
 from lamina.compression import available_compressions
 from lamina.errors import BundleError, ConfigError, TensorFileError, UnknownNameError
 from lamina.signing import parse_signature
