@@ -67,16 +67,7 @@ class Client:
 
         `on_bytes` is called with the number of bytes that were sent, or that need not be sent.
         """
-        for digest, size in manifest.blobs.items():
-            if self.has_blob(digest):
-                on_bytes(size)
-            else:
-                self.put_blob(digest, blob_path(folder, digest), on_bytes)
-        # The file's own bytes, not the record's: they are what was signed.
-        signature = read_signature(folder)
-        headers = {SIGNATURE_HEADER: signature.model_dump_json()} if signature else None
-        answer = self._send("POST", "/v1/runs", content=manifest_bytes(folder), headers=headers)
-        return Published.from_json(answer.content, "the answer to publishing")
+        return self._publish("/v1/runs", folder, manifest.blobs, on_bytes)
 
     def has_blob(self, digest: str) -> bool:
         answer = self._ask("HEAD", f"/v1/blobs/{digest}")
@@ -118,6 +109,19 @@ class Client:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _publish(self, path: str, folder: Path, blobs: Mapping[str, int], on_bytes: Callable[[int], None]) -> Published:
+        """Blobs (address -> size in bytes), then the manifest, to the runs of one kind."""
+        for digest, size in blobs.items():
+            if self.has_blob(digest):
+                on_bytes(size)
+            else:
+                self.put_blob(digest, blob_path(folder, digest), on_bytes)
+        # The file's own bytes, not the record's: they are what was signed.
+        signature = read_signature(folder)
+        headers = {SIGNATURE_HEADER: signature.model_dump_json()} if signature else None
+        answer = self._send("POST", path, content=manifest_bytes(folder), headers=headers)
+        return Published.from_json(answer.content, "the answer to publishing")
 
     def _send(
         self,

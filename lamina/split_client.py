@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lamina.bundle import blob_path, manifest_bytes, read_signature
 from lamina.client import Client
 from lamina.split_manifest import SplitManifest
 from lamina.split_wire import SplitStatus
-from lamina.wire import SIGNATURE_HEADER, Published, RunList
+from lamina.wire import Published, RunList
 
 
 class SplitClient(Client):
@@ -17,15 +16,7 @@ class SplitClient(Client):
         self, folder: Path, manifest: SplitManifest, on_bytes: Callable[[int], None] = lambda count: None
     ) -> Published:
         """As `Client.publish`, for the bundle of a split plan."""
-        for digest, size in manifest.blobs.items():
-            if self.has_blob(digest):
-                on_bytes(size)
-            else:
-                self.put_blob(digest, blob_path(folder, digest), on_bytes)
-        signature = read_signature(folder)
-        headers = {SIGNATURE_HEADER: signature.model_dump_json()} if signature else None
-        answer = self._send("POST", "/v1/split/runs", content=manifest_bytes(folder), headers=headers)
-        return Published.from_json(answer.content, "the answer to publishing")
+        return self._publish("/v1/split/runs", folder, manifest.blobs, on_bytes)
 
     def split_runs(self) -> RunList:
         return RunList.from_json(self._send("GET", "/v1/split/runs").content, "the list of split runs")
