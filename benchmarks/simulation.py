@@ -42,7 +42,9 @@ from lamina.segments import TensorSpec, belongs
 from lamina.tensors import Encoding, Float32, decode_file, encode, hash_bytes
 from lamina.wire import Assignment, Phase
 
-OnRound = Callable[["Round"], None]
+ReadWeights = Callable[[], dict[str, dict[str, Float32]]]
+OnRound = Callable[["Round", ReadWeights], None]
+"""Called after each round, with what reads the newest weights by segment."""
 CALIBRATOR = "calibrator"
 
 
@@ -102,7 +104,7 @@ def simulate(
     folder: Path,
     engine: EngineName = "onnxruntime",
     participation: float = 1.0,
-    on_round: OnRound = lambda _: None,
+    on_round: OnRound = lambda *_: None,
     calibration_file: Path | None = None,
 ) -> SimulationResult:
     """Exports the plan into `folder` and trains it to the end; device i has `files[i]` and is called `device-<i>`.
@@ -149,7 +151,7 @@ class Simulation:
                 raise ConfigError(f"plan {manifest.plan.name!r} calibrates on data of the server's own: give calibration_file")
             self._calibrator = Device(CALIBRATOR, calibration_file, folder / CALIBRATOR, manifest, engine, "calibrator")
 
-    def run(self, participation: float = 1.0, on_round: OnRound = lambda _: None) -> SimulationResult:
+    def run(self, participation: float = 1.0, on_round: OnRound = lambda *_: None) -> SimulationResult:
         """Trains all stages to the end; to be called once."""
         if not 0 < participation <= 1:
             raise ConfigError(f"participation must be above 0 and at most 1, given {participation}")
@@ -159,18 +161,22 @@ class Simulation:
         try:
             for each in self._rounds(size):
                 rounds.append(each)
-                on_round(each)
+                on_round(each, self.weights)
         finally:
             self._engine.close()
         return SimulationResult(
             manifest=self._manifest,
             rounds=tuple(rounds),
             blobs=dict(self._masters),
-            weights={name: self._tensors(name) for name in self._masters},
+            weights=self.weights(),
             devices=tuple(self._devices),
             examples={name: device.data.train_examples for name, device in self._devices.items()},
             cpu_seconds=time.process_time() - started,
         )
+
+    def weights(self) -> dict[str, dict[str, Float32]]:
+        """The newest weights of every segment."""
+        return {name: self._tensors(name) for name in self._masters}
 
     def _rounds(self, size: int) -> Iterator[Round]:
         """All rounds of all stages, as `coordinator.rounds.advance` goes through them."""

@@ -28,6 +28,7 @@ from rich.console import Console
 
 from benchmarks import results_file
 from benchmarks.methods.cells import Cell, all_cells, chosen
+from benchmarks.methods.gradients import gradient_table, summarise_gradients
 from benchmarks.methods.plot import draw
 from benchmarks.methods.run import plan_hash, row_or_error
 from benchmarks.methods.summary import NOTES, summarise, table_of
@@ -65,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if isinstance(row, str):
                 console.print(f"{cell.key}: {row}", style="red", highlight=False, markup=False)
                 continue
-            rows = [*(other for other in rows if other["key"] != cell.key), row]
+            # What another run of this command wrote in the meantime stays.
+            rows = [*(other for other in known_rows() if other["key"] != cell.key), row]
             write_rows(rows)
             minutes = (time.monotonic() - started) / 60
             console.print(
@@ -73,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 highlight=False,
                 markup=False,
             )
-    rows = in_order(rows)
-    console.print(table_of(summarise(rows)))
+    rows = in_order(known_rows())
+    console.print(table_of(summarise(rows)), gradient_table(summarise_gradients(rows)))
     for note in NOTES:
         console.print(note, highlight=False)
     path = write_rows(rows)
@@ -124,7 +126,8 @@ def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write_rows(rows: Sequence[dict[str, Any]]) -> Path:
     ordered = in_order(rows)
-    return results_file.write_results(RESULT, COMMAND, ordered, notes=list(NOTES), summary=summarise(ordered))
+    facts = {"notes": list(NOTES), "summary": summarise(ordered), "gradients": summarise_gradients(ordered)}
+    return results_file.write_results(RESULT, COMMAND, ordered, **facts)
 
 
 if __name__ == "__main__":

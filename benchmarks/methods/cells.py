@@ -1,11 +1,16 @@
 """What is run: cells of (data set, method, setting, seed), in the order in which time is best spent.
 
     main            labelled data: every method in the data set's usual setting, with the bounds
-    options         AV-Digits MEDIUM and seglearn: a layer-wise plan with one option each, and the recipe of several
-    skew            AV-Digits MEDIUM, 4 clients, Dirichlet 0.1 and 5 beside the usual 0.5
-    participation   AV-Digits MEDIUM, 16 clients of which 25, 50 and 100 % train in a round
+    self-supervised Fashion-MNIST without its labels, and a linear probe; 4 clients, and 32 of which 8 train in a round
     pairs           Emoji-4Style, image and text, contrastive; a drawing style is a client
-    self-supervised Fashion-MNIST without its labels, and a linear probe
+    real            AV-Digits MEDIUM, layer-wise, through real processes: the same scores as in simulation
+    participation   AV-Digits MEDIUM, 16 clients of which 25, 50 and 100 % train in a round
+    skew            AV-Digits MEDIUM, 4 clients, Dirichlet 0.1 and 5 beside the usual 0.5
+    deep            12 layers instead of 6, and a lean plan: micro-batches, small encodings
+    options         AV-Digits MEDIUM and seglearn: a layer-wise plan with one option each, and the recipe of several
+    lacking         half of the clients have one modality; left out, or taking part
+    small           half of the clients can hold one layer at a time and no more: end to end goes without them
+    modalities      seglearn with one, three and four modalities beside the usual two
 
 The first seed of all cells comes first: whenever the work is stopped, what is there covers as much as it can.
 """
@@ -14,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, SELF_SUPERVISED
+from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, PARTIAL, REAL, SELF_SUPERVISED
 
 CENTRALISED, LINEAR, UNTRAINED = "centralised", "linear", "untrained"
 """Bounds: the baseline's plan on one client that has all data; a linear model on raw values; and, for self-supervised methods,
 a linear probe on the features of a model that was never trained."""
-ROUNDS = 18
+ROUNDS, DEEP_ROUNDS = 18, 20
 SKEWS, SHARES = ("beta=0.1", "beta=5"), (0.25, 0.5, 1.0)
 SUPERVISED = ("av_digits_medium", "av_digits_hard", "seglearn")
 
@@ -28,16 +33,24 @@ SUPERVISED = ("av_digits_medium", "av_digits_hard", "seglearn")
 class Setting:
     """How data are dealt (`data_sets.client_rows`), to how many clients, and which share of them trains in a round.
 
-    `clients` is 0 where the split decides it.
+    `clients` is 0 where the split decides it. `lacking` is the share of the clients that have one modality only; a method
+    without programs for them goes without them. `small` is the share that can hold one layer at a time and no more; they take
+    part in layer-wise training alone.
     """
 
     split: str
     clients: int = 0
     participation: float = 1.0
+    lacking: float = 0.0
+    small: float = 0.0
 
     def __str__(self) -> str:
-        clients = f", {self.clients} clients" if self.clients else ""
-        return f"{self.split}{clients}" + (f", {self.participation:.0%} a round" if self.participation < 1 else "")
+        parts = [self.split]
+        parts += [f"{self.clients} clients"] if self.clients else []
+        parts += [f"{self.participation:.0%} a round"] if self.participation < 1 else []
+        parts += [f"{self.lacking:.0%} with one modality"] if self.lacking else []
+        parts += [f"{self.small:.0%} small"] if self.small else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,8 @@ class Cell:
         return f"{self.data}/{self.method}/{self.setting}/{self.rounds} rounds/seed {self.seed}"
 
     def as_row(self) -> dict[str, Any]:
-        return {"key": self.key, "data": self.data, "method": self.method, **asdict(self.setting)} | {
+        settings = {name: value for name, value in asdict(self.setting).items() if value or name == "clients"}
+        return {"key": self.key, "data": self.data, "method": self.method, **settings} | {
             "setting": str(self.setting),
             "rounds": self.rounds,
             "seed": self.seed,
@@ -64,11 +78,12 @@ class Cell:
 USUAL = Setting("beta=0.5", 4)
 NATURAL = Setting("natural")
 POOLED = Setting("pooled")
+MANY = Setting("beta=0.5", 32, 0.25)
 
 
 def usual_setting(data: str) -> Setting:
     """Natural clients where the data have them."""
-    return NATURAL if data in ("seglearn", "emoji") else USUAL
+    return NATURAL if data.startswith(("seglearn", "emoji")) else USUAL
 
 
 def all_cells(seeds: Sequence[int]) -> list[Cell]:
@@ -82,21 +97,36 @@ def _of_seed(seed: int) -> Iterator[Cell]:
             yield Cell(data, method, usual_setting(data), seed)
         yield Cell(data, CENTRALISED, POOLED, seed)
         yield Cell(data, LINEAR, POOLED, seed)
-    for method in OPTIONS:
-        for data in ("av_digits_medium", "seglearn"):
-            yield Cell(data, method, usual_setting(data), seed)
-    for split in SKEWS:
-        for method in METHODS:
-            yield Cell("av_digits_medium", method, Setting(split, 4), seed)
+    for method in SELF_SUPERVISED:
+        yield Cell("fashion", method, USUAL, seed)
+    for method in ("fedssl", "lw_fedssl", "prog_fedssl"):
+        yield Cell("fashion", method, MANY, seed)
+    for bound in (LINEAR, UNTRAINED):
+        yield Cell("fashion", bound, POOLED, seed)
+    for method in METHODS:
+        yield Cell("emoji", method, usual_setting("emoji"), seed)
+    for method in REAL:
+        yield Cell("av_digits_medium", method, USUAL, seed)
     for share in SHARES:
         for method in (BASELINE, "layerwise", "layerwise_2"):
             yield Cell("av_digits_medium", method, Setting("beta=0.5", 16, share), seed)
-    for method in METHODS:
-        yield Cell("emoji", method, usual_setting("emoji"), seed)
-    for method in SELF_SUPERVISED:
-        yield Cell("fashion", method, USUAL, seed)
-    for bound in (LINEAR, UNTRAINED):
-        yield Cell("fashion", bound, POOLED, seed)
+    for split in SKEWS:
+        for method in METHODS:
+            yield Cell("av_digits_medium", method, Setting(split, 4), seed)
+    for data in SUPERVISED:
+        for method in (BASELINE, "layerwise", "lw_lean"):
+            yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
+    for method in OPTIONS:
+        for data in ("av_digits_medium", "seglearn"):
+            yield Cell(data, method, usual_setting(data), seed)
+    for data, clients, split in (("av_digits_medium", 8, "beta=0.5"), ("seglearn", 0, "natural")):
+        for method in (BASELINE, "layerwise", *PARTIAL):
+            yield Cell(data, method, Setting(split, clients, lacking=0.5), seed)
+        for method in (BASELINE, "layerwise"):
+            yield Cell(data, method, Setting(split, clients, small=0.5), seed)
+    for data in ("seglearn_1", "seglearn_3", "seglearn_4"):
+        for method in (BASELINE, "layerwise"):
+            yield Cell(data, method, NATURAL, seed)
 
 
 def chosen(cells: Sequence[Cell], only: str) -> list[Cell]:

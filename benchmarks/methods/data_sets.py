@@ -1,9 +1,10 @@
 """The data sets of the comparison, each with its model, and how they are dealt to clients.
 
-The models are those of the demo: 6 layers of width 64 for each modality, projections of 64 and 32.
+The models are those of the demo: 6 layers of width 64 for each modality, projections of 64 and 32. A name that ends in `_12`
+is the same data with 12 layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ Arrays = Mapping[str, NDArray[Any]]
 @dataclass(frozen=True)
 class Loaded:
     """Both splits. `owner` has the natural client of each training row, `test_groups` what counts as the same answer in
-    retrieval; None where the data have no such thing."""
+    retrieval, `server` rows that no client has, for calibration; None where the data have no such thing."""
 
     train: Arrays
     test: Arrays
     owner: NDArray[np.int64] | None = None
     test_groups: NDArray[np.int64] | None = None
+    server: Arrays | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,43 @@ def load_watch(seed: int) -> Loaded:
     return Loaded(*arrays, owner=train.subject)
 
 
+def load_one_sensor(seed: int) -> Loaded:
+    """The accelerometer alone."""
+    return _choose(load_watch(seed), ("accelerometer",))
+
+
+def load_spectra(seed: int) -> Loaded:
+    """Four modalities: both sensors, and the amplitudes of the frequencies of each channel (`amplitudes`)."""
+    loaded = load_watch(seed)
+    parts = [dict(part) for part in (loaded.train, loaded.test)]
+    for name in ("accelerometer", "gyroscope"):
+        train, test = (amplitudes(part[name]) for part in parts)
+        mean, deviation = train.mean(axis=(0, 2), keepdims=True), train.std(axis=(0, 2), keepdims=True)
+        for part, values in zip(parts, (train, test), strict=True):
+            part[f"{name}_spectrum"] = (values - mean) / deviation
+    return Loaded(*parts, owner=loaded.owner)
+
+
+def load_spectrum_and_sensors(seed: int) -> Loaded:
+    """Three modalities: both sensors, and the amplitudes of the accelerometer."""
+    return _choose(load_spectra(seed), ("accelerometer", "gyroscope", "accelerometer_spectrum"))
+
+
+def amplitudes(windows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(n, channels, samples) -> log(1 + |FFT|) of the frequencies above 0, (n, channels, samples // 2)."""
+    return np.log1p(np.abs(np.fft.rfft(windows, axis=-1)[..., 1:])).astype(np.float32)
+
+
+def _choose(loaded: Loaded, modalities: Sequence[str]) -> Loaded:
+    parts = ({name: part[name] for name in (*modalities, LABEL)} for part in (loaded.train, loaded.test))
+    return Loaded(*parts, owner=loaded.owner)
+
+
 def load_clothes(seed: int) -> Loaded:
-    """5,000 and 1,000 of the images, so that a run takes minutes."""
-    train, test = fashion.load_fashion(seed, 5_000, 1_000)
-    return Loaded(*({"image": part.image, LABEL: part.label} for part in (train, test)))
+    """5,000 and 1,000 of the images, so that a run takes minutes; the server has 500 others, without labels."""
+    train, test = fashion.load_fashion(seed, 5_500, 1_000)
+    clients = {"image": train.image[:5_000], LABEL: train.label[:5_000]}
+    return Loaded(clients, {"image": test.image, LABEL: test.label}, server={"image": train.image[5_000:]})
 
 
 def load_emoji_pairs(seed: int) -> Loaded:
@@ -81,6 +116,11 @@ def load_emoji_pairs(seed: int) -> Loaded:
         {"image": part.image, "text": emoji_images.tokenise(part.captions, vocabulary, TEXT_TOKENS)} for part in (train, test)
     )
     return Loaded(*parts, owner=train.style, test_groups=test.concept)
+
+
+def with_layers(model: ModelDescription, layers: int) -> ModelDescription:
+    encoders = tuple(encoder.model_copy(update={"layers": layers}) for encoder in model.encoders)
+    return model.model_copy(update={"encoders": encoders})
 
 
 def describe(name: str, inputs: Mapping[str, FamilyInput], classes: int | None) -> ModelDescription:
@@ -96,15 +136,32 @@ _WINDOWS = SensorWindows(channels=seglearn.CHANNELS, samples=seglearn.SAMPLES, p
 _CLOTHES = ImagePatches(channels=1, height=fashion.SIDE, width=fashion.SIDE, patch=7)
 _ICONS = ImagePatches(channels=3, height=emoji_images.SIDE, width=emoji_images.SIDE, patch=8)
 
+_SPECTRUM = SensorWindows(channels=seglearn.CHANNELS, samples=seglearn.SAMPLES // 2, patch=10)
+_SENSORS = {"accelerometer": _WINDOWS, "gyroscope": _WINDOWS}
+_SPECTRA = {f"{name}_spectrum": _SPECTRUM for name in _SENSORS}
+_THREE = _SENSORS | {"accelerometer_spectrum": _SPECTRUM}
+
+
+def _watch(inputs: Mapping[str, FamilyInput]) -> ModelDescription:
+    return describe("seglearn", inputs, seglearn.CLASSES)
+
+
 DATA_SETS: dict[str, DataSet] = {
     "av_digits_medium": DataSet(AV_DIGITS, lambda seed: load_digits("medium", seed)),
     "av_digits_hard": DataSet(AV_DIGITS, lambda seed: load_digits("hard", seed)),
-    "seglearn": DataSet(describe("seglearn", {"accelerometer": _WINDOWS, "gyroscope": _WINDOWS}, seglearn.CLASSES), load_watch),
+    "seglearn": DataSet(_watch(_SENSORS), load_watch),
+    "seglearn_1": DataSet(_watch({"accelerometer": _WINDOWS}), load_one_sensor),
+    "seglearn_3": DataSet(_watch(_THREE), load_spectrum_and_sensors),
+    "seglearn_4": DataSet(_watch(_SENSORS | _SPECTRA), load_spectra),
     "fashion": DataSet(describe("fashion", {"image": _CLOTHES}, fashion.CLASSES), load_clothes),
     "emoji": DataSet(
         describe("emoji", {"image": _ICONS, "text": TextTokens(vocabulary=VOCABULARY, length=TEXT_TOKENS)}, None),
         load_emoji_pairs,
     ),
+}
+DATA_SETS |= {
+    f"{name}_12": DataSet(with_layers(DATA_SETS[name].model, 12), DATA_SETS[name].load)
+    for name in ("av_digits_medium", "av_digits_hard", "seglearn")
 }
 
 
@@ -135,15 +192,35 @@ def client_rows(loaded: Loaded, split: str, clients: int, seed: int) -> list[NDA
     raise ConfigError(f"there is no split {split!r}; known: beta=B, natural, even, pooled")
 
 
-def deal(loaded: Loaded, split: str, clients: int, seed: int, folder: Path) -> list[Path]:
-    """One .npz for each client: its training rows, and an equal share of the test rows."""
+def deal(
+    loaded: Loaded, split: str, clients: int, seed: int, folder: Path, limited: float = 0.0, are_whole: bool = True
+) -> list[Path]:
+    """One .npz for each client: its training rows, and an equal share of the test rows.
+
+    The last clients, the share `limited` of them, get no test rows, so that a run with and one without them are asked the same.
+    Unless they `are_whole`, each of these has one modality only, in turn.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = client_rows(loaded, split, clients, seed)
-    held_out = even_rows(len(next(iter(loaded.test.values()))), len(parts), seed)
+    able = len(parts) - round(limited * len(parts))
+    nothing = [np.arange(0)] * (len(parts) - able)
+    held_out = [*even_rows(len(next(iter(loaded.test.values()))), able, seed), *nothing]
+    modalities = [name for name in loaded.train if name != LABEL]
     files = []
     for index, (mine, others) in enumerate(zip(parts, held_out, strict=True)):
-        arrays = {f"train_{name}": values[mine] for name, values in loaded.train.items()}
-        arrays |= {f"test_{name}": values[others] for name, values in loaded.test.items()}
+        one = modalities[(index - able) % len(modalities)]
+        lacks = {*modalities} - {one} if index >= able and not are_whole else set()
+        arrays = {f"train_{name}": values[mine] for name, values in loaded.train.items() if name not in lacks}
+        arrays |= {f"test_{name}": values[others] for name, values in loaded.test.items() if name not in lacks}
         files.append(folder / f"client-{index}.npz")
         np.savez(files[-1], **arrays)
     return files
+
+
+def deal_server(loaded: Loaded, folder: Path) -> Path:
+    """The server's rows as an .npz for a calibrator. Raises ConfigError if these data have none."""
+    if loaded.server is None:
+        raise ConfigError("calibration needs rows that no client has; these data keep none for the server")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "server.npz", **{f"train_{name}": values for name, values in loaded.server.items()})
+    return folder / "server.npz"

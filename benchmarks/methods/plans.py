@@ -1,6 +1,6 @@
 """The methods that are compared. A method is a function of (model, rounds, clients, seed) that gives a plan; a line in
-`METHODS`, in `OPTIONS` (one change each of a layer-wise plan), or in `SELF_SUPERVISED` for data whose labels are only looked
-at by a probe, adds one.
+`METHODS`, in `OPTIONS` (one change each of a layer-wise plan), in `PARTIAL` (devices with one modality take part), or in
+`SELF_SUPERVISED` for data whose labels are only looked at by a probe, adds one.
 
 All of a family are given the same rounds, local epochs, batch and optimiser. A stage's learning rate is the demo's for its
 strategy (`benchmarks.demo_plan`), where it was chosen on AV-Digits for all three; self-supervised stages have one rate.
@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.demo_plan import LEARNING_RATE, skewed_rounds
 from lamina.model import ModelDescription, SelfSupervised
-from lamina.plan import SGD, AdamW, Augmentation, Cohort, DepthDropout, FeatureStore, Plan, StrategyName, Training
+from lamina.plan import SGD, AdamW, Augmentation, Calibration, Cohort, DepthDropout, FeatureStore, Plan, StrategyName, Training
 from lamina.strategies import make_stages
 
 MakePlan = Callable[[ModelDescription, int, int, int], Plan]
@@ -61,6 +61,7 @@ def self_supervised_plan(
     strategy: StrategyName,
     objective: SelfSupervised,
     learning_rate: float = 1e-3,
+    calibration: Calibration | None = None,
     **training: object,
 ) -> Plan:
     """The model's encoder with a self-supervised objective; rounds are spread evenly over the stages, as in the papers."""
@@ -81,6 +82,7 @@ def self_supervised_plan(
         stages=make_stages(model, strategy, rounds, learning_rate),
         training=Training.model_validate(settings | training),
         cohort=Cohort(size=clients, min_updates=clients),
+        calibration=calibration,
         seed=seed,
     )
 
@@ -94,6 +96,13 @@ METHODS: dict[str, MakePlan] = {
 
 _ZERO: dict[str, Any] = {"zero_init": True}
 _DISTILL: dict[str, Any] = {"distill": 0.5}
+_LEAN: dict[str, Any] = {
+    "micro_batch": 4,
+    "download_encoding": "fp16",
+    "upload_encoding": "int8",
+    "compression": "zstd",
+    "features": FeatureStore(encoding="fp16"),
+}
 OPTIONS: dict[str, MakePlan] = {
     "lw_zero_init": lambda *given: strategy_plan(*given, "layerwise", more=_ZERO),
     "lw_warm_up": lambda *given: strategy_plan(*given, "layerwise", warm_up_rounds=1),
@@ -103,15 +112,46 @@ OPTIONS: dict[str, MakePlan] = {
     "lw_self_attention": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "self_attention"}),
     "lw_proximal": lambda *given: strategy_plan(*given, "layerwise", proximal=0.01),
     "lw2_zero_init": lambda *given: strategy_plan(*given, "layerwise", 2, more=_ZERO),
+    "lw_lean": lambda *given: strategy_plan(*given, "layerwise", **_LEAN),
     "lamina": lambda *given: strategy_plan(*given, "layerwise", 2, more=_ZERO, objective=_DISTILL, keep_optimizer=True),
 }
 
+
+def with_some_modalities(make: MakePlan) -> MakePlan:
+    """Devices with one modality take part too."""
+
+    def changed(model: ModelDescription, rounds: int, clients: int, seed: int) -> Plan:
+        plan = make(model, rounds, clients, seed)
+        settings = plan.model_dump() | {"device_modalities": [[modality] for modality in model.modalities]}
+        return Plan.model_validate(settings)
+
+    return changed
+
+
+PARTIAL: dict[str, MakePlan] = {
+    "e2e_partial": with_some_modalities(METHODS["end_to_end"]),
+    "lw_partial": with_some_modalities(METHODS["layerwise"]),
+}
+
+REAL: dict[str, MakePlan] = {"layerwise_real": METHODS["layerwise"]}
+"""Run by real processes over HTTP, not in simulation (`benchmarks.federated`)."""
+
 _MOCO, _SIMCLR = SelfSupervised(method="moco"), SelfSupervised(method="simclr")
+_ALIGNED = SelfSupervised(method="moco", align=0.5)
+_CALIBRATION = Calibration(data="500 images of the server", learning_rate=1e-3)
+_FRESH = FeatureStore(views=8, keep="round")
 _FLL = {"optimizer": SGD(momentum=0.9), "batch_size": 16}
 SELF_SUPERVISED: dict[str, MakePlan] = {
     "fedssl": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO),
     "lw_fedssl": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO),
     "prog_fedssl": lambda *given: self_supervised_plan(*given, "progressive", _MOCO),
+    "lw_fedssl_proximal": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, proximal=0.01),
+    "lw_fedssl_aligned": lambda *given: self_supervised_plan(*given, "layerwise", _ALIGNED),
+    "lw_fedssl_calibrated": lambda *given: self_supervised_plan(
+        *given, "layerwise", _ALIGNED, calibration=_CALIBRATION, features=_FRESH
+    ),
+    "lw_fedbyol": lambda *given: self_supervised_plan(*given, "layerwise", SelfSupervised(method="byol")),
+    "lw_fedsimclr": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR),
     "fll": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR, 0.05, **_FLL),
     "fll_depth_dropout": lambda *given: self_supervised_plan(
         *given,
@@ -120,6 +160,6 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
         0.05,
         **_FLL,
         depth_dropout=DepthDropout(budget=3),
-        features=FeatureStore(views=8, keep="round"),
+        features=_FRESH,
     ),
 }

@@ -6,15 +6,18 @@ one; and the accuracy of a linear probe on the final features of a self-supervis
 
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.federated import federated_run
 from benchmarks.methods.bounds import linear_accuracy
 from benchmarks.methods.cells import CENTRALISED, LINEAR, UNTRAINED, Cell
 from benchmarks.methods.costs import costs_of
-from benchmarks.methods.data_sets import DATA_SETS, Loaded, deal
-from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, SELF_SUPERVISED, SELF_SUPERVISED_BASELINE
+from benchmarks.methods.data_sets import DATA_SETS, Loaded, deal, deal_server
+from benchmarks.methods.gradients import GradientProbe
+from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, PARTIAL, REAL, SELF_SUPERVISED, SELF_SUPERVISED_BASELINE
 from benchmarks.methods.retrieval import both_ways
 from benchmarks.methods.trained import TrainedModel
 from benchmarks.simulation import OnRound, SimulationResult, simulate
@@ -32,7 +35,7 @@ def plan_of(cell: Cell) -> Plan | None:
     if cell.method == LINEAR:
         return None
     name = {CENTRALISED: BASELINE, UNTRAINED: SELF_SUPERVISED_BASELINE}.get(cell.method, cell.method)
-    methods = METHODS | OPTIONS | SELF_SUPERVISED
+    methods = METHODS | OPTIONS | PARTIAL | REAL | SELF_SUPERVISED
     if name not in methods or cell.data not in DATA_SETS:
         raise ConfigError(f"{cell.key}: known methods are {', '.join(methods)}; known data {', '.join(DATA_SETS)}")
     clients = max(1, round(cell.setting.clients * cell.setting.participation))
@@ -46,7 +49,7 @@ def plan_hash(cell: Cell) -> str:
     return hash_bytes(plan.model_dump_json(exclude_defaults=True).encode())[:16] if plan else LINEAR
 
 
-def run_cell(cell: Cell, on_round: OnRound = lambda _: None) -> dict[str, Any]:
+def run_cell(cell: Cell) -> dict[str, Any]:
     """Raises DataError if the data cannot be had, and what exporting and training raise."""
     started = time.monotonic()
     loaded, plan = DATA_SETS[cell.data].load(cell.seed), plan_of(cell)
@@ -59,11 +62,38 @@ def run_cell(cell: Cell, on_round: OnRound = lambda _: None) -> dict[str, Any]:
         return row | probe(TrainedModel(plan), loaded, cell.seed) | {"seconds": time.monotonic() - started}
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        files = deal(loaded, cell.setting.split, cell.setting.clients, cell.seed, folder / "data")
+        files = deal_cell(cell, plan, loaded, folder / "data")
+        if cell.method in REAL:
+            return row | run_processes(plan, files, folder / "run") | {"seconds": time.monotonic() - started}
+        server = deal_server(loaded, folder / "data") if plan.calibration else None
         exported = time.monotonic()
-        result = simulate(plan, files, folder / "run", ENGINE, cell.setting.participation, on_round=on_round)
+        probed = GradientProbe(plan, loaded.train) if cell.method in METHODS and LABEL in loaded.train else None
+        on_round: OnRound = probed or (lambda *_: None)
+        result = simulate(plan, files, folder / "run", ENGINE, cell.setting.participation, on_round, server)
     seconds = {"seconds": time.monotonic() - started, "simulate_seconds": time.monotonic() - exported}
+    row |= {"gradient_by_round": probed.by_round} if probed else {}
     return row | score(result, loaded) | describe(result) | {"cpu_seconds": result.cpu_seconds} | seconds
+
+
+def run_processes(plan: Plan, files: Sequence[Path], folder: Path) -> dict[str, Any]:
+    """The score of a run of a coordinator and devices, each a process of its own, over HTTP on loopback."""
+    _, status = federated_run(plan, files, [ENGINE] * len(files), folder)
+    course = [(each.stage, each.test_accuracy) for each in status.rounds]
+    return {
+        "score": course[-1][1],
+        "score_is": "test accuracy",
+        "stage_by_round": [stage for stage, _ in course],
+        "accuracy_by_round": [None if accuracy is None else round(accuracy, 5) for _, accuracy in course],
+    }
+
+
+def deal_cell(cell: Cell, plan: Plan, loaded: Loaded, folder: Path) -> list[Path]:
+    """The files of the clients that can take part in this plan."""
+    setting = cell.setting
+    limited = setting.lacking or setting.small
+    files = deal(loaded, setting.split, setting.clients, cell.seed, folder, limited, are_whole=not setting.lacking)
+    is_open = bool(plan.device_modalities) if setting.lacking else plan.strategy == "layerwise"
+    return files if is_open or not limited else files[: len(files) - round(limited * len(files))]
 
 
 def row_or_error(cell: Cell) -> dict[str, Any] | str:

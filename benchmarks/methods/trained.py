@@ -5,16 +5,25 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from benchmarks.methods.data_sets import Arrays
 from benchmarks.simulation import SimulationResult
 from export.assemble import attached_model
 from export.cut import find_segments
 from export.models import MultimodalModel, build_model
+from lamina.model import ModelDescription
 from lamina.plan import Plan
+from lamina.tensors import Float32
 
 _CHUNK = 256
+
+
+def load_weights(model: MultimodalModel, description: ModelDescription, weights: Mapping[str, Mapping[str, Float32]]) -> None:
+    """Segment -> tensors, as the run has them, into the model's parameters; segments that the model lacks are left out."""
+    with torch.no_grad():
+        for name, module in find_segments(model, description).items():
+            for key, parameter in module.named_parameters():
+                parameter.copy_(torch.from_numpy(weights[name][key]))
 
 
 class TrainedModel:
@@ -23,12 +32,8 @@ class TrainedModel:
     def __init__(self, plan: Plan, result: SimulationResult | None = None) -> None:
         description = attached_model(plan)
         self._model: MultimodalModel = build_model(description, plan.seed).eval()
-        if result is None:
-            return
-        with torch.no_grad():
-            for name, module in find_segments(self._model, description).items():
-                for key, parameter in module.named_parameters():
-                    parameter.copy_(torch.from_numpy(result.weights[name][key]))
+        if result is not None:
+            load_weights(self._model, description, result.weights)
 
     def embeddings(self, arrays: Arrays) -> dict[str, NDArray[np.float32]]:
         """What the loss sees, (n, output) for each modality."""
@@ -36,16 +41,7 @@ class TrainedModel:
 
     def features(self, arrays: Arrays) -> dict[str, NDArray[np.float32]]:
         """What the encoders give to their projections, (n, width) for each modality."""
-        return self._in_chunks(arrays, self._pooled)
-
-    def _pooled(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {}
-        for modality, encoder in self._model.encoders.items():
-            x = encoder.stem(inputs[modality])
-            for block in encoder.layers:
-                x = block(x)
-            found[modality] = encoder.pool(encoder.norm(x))
-        return found
+        return self._in_chunks(arrays, self._model.pool)
 
     def _in_chunks(self, arrays: Arrays, run) -> dict[str, NDArray[np.float32]]:  # type: ignore[no-untyped-def]
         modalities = list(self._model.encoders)

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,12 +15,15 @@ from benchmarks.methods import __main__ as command
 from benchmarks.methods import run as runner
 from benchmarks.methods.bounds import linear_accuracy
 from benchmarks.methods.cells import CENTRALISED, LINEAR, POOLED, UNTRAINED, Cell, Setting, all_cells, chosen, usual_setting
-from benchmarks.methods.data_sets import DATA_SETS, DataSet, Loaded, client_rows, deal
-from benchmarks.methods.plans import METHODS, OPTIONS, SELF_SUPERVISED, strategy_plan
+from benchmarks.methods.data_sets import DATA_SETS, DataSet, Loaded, amplitudes, client_rows, deal, deal_server
+from benchmarks.methods.gradients import GradientProbe, gradient_table, summarise_gradients
+from benchmarks.methods.plans import METHODS, OPTIONS, PARTIAL, REAL, SELF_SUPERVISED, strategy_plan
 from benchmarks.methods.plot import draw
 from benchmarks.methods.retrieval import both_ways, recall
-from benchmarks.methods.run import plan_hash, plan_of, run_cell
+from benchmarks.methods.run import deal_cell, plan_hash, plan_of, run_cell
 from benchmarks.methods.summary import COSTS, summarise, table_of
+from benchmarks.methods.trained import load_weights
+from export.models import build_model
 from lamina.errors import ConfigError, DataError
 from lamina.model import AudioFrames, Contrastive, Encoder, ModelDescription, Projection, Supervised
 
@@ -102,6 +107,59 @@ def test_dealt_files_hold_the_clients_rows_and_all_test_rows_once(tmp_path: Path
     np.testing.assert_array_equal(np.sort(held_out.ravel()), np.sort(loaded.test["audio"].ravel()))
 
 
+def test_limited_clients_are_asked_nothing_and_have_one_modality_in_turn_or_all(tmp_path: Path) -> None:
+    loaded = load_pairs(0)
+    for are_whole in (True, False):
+        files = deal(loaded, "even", 4, 0, tmp_path / str(are_whole), limited=0.5, are_whole=are_whole)
+        arrays = [dict(np.load(file)) for file in files]
+        assert [len(each["test_image" if "test_image" in each else "test_text"]) for each in arrays] == [12, 12, 0, 0]
+        has = [sorted(name for name in each if name.startswith("train")) for each in arrays]
+        both = ["train_image", "train_text"]
+        assert has == ([both] * 4 if are_whole else [both, both, both[:1], both[1:]])
+        assert sum(len(each[name]) for each, names in zip(arrays, has, strict=True) for name in names[:1]) == 40
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "taking_part"),
+    [
+        ("end_to_end", Setting("even", 4, small=0.5), 2),
+        ("layerwise", Setting("even", 4, small=0.5), 4),
+        ("layerwise", Setting("even", 4, lacking=0.5), 2),
+        ("lw_partial", Setting("even", 4, lacking=0.5), 4),
+        ("e2e_partial", Setting("even", 4, lacking=0.5), 4),
+        ("end_to_end", Setting("even", 4), 4),
+    ],
+)
+def test_clients_that_a_plan_asks_too_much_of_are_left_out(
+    method: str, setting: Setting, taking_part: int, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    part = {name: rng.normal(size=(16, 3, 4)).astype(np.float32) for name in ("accelerometer", "gyroscope")}
+    part["label"] = np.arange(16) % 2
+    cell = Cell("seglearn", method, setting, 0)
+    plan = plan_of(cell)
+    assert plan is not None
+    assert len(deal_cell(cell, plan, Loaded(part, part), tmp_path)) == taking_part
+
+
+def test_the_servers_rows_are_a_file_without_labels(tmp_path: Path) -> None:
+    loaded = load_tiny(0)
+    with pytest.raises(ConfigError, match="rows that no client has"):
+        deal_server(loaded, tmp_path)
+    server = {"audio": loaded.test["audio"]}
+    path = deal_server(Loaded(loaded.train, loaded.test, server=server), tmp_path)
+    assert list(np.load(path)) == ["train_audio"]
+
+
+def test_amplitudes_find_the_frequency_of_a_wave_whatever_its_phase() -> None:
+    time = np.arange(100) / 100
+    waves = np.stack([np.sin(2 * np.pi * (7 * time + phase)) for phase in (0.0, 0.3)])[:, None]
+    found = amplitudes(waves)
+    assert found.shape == (2, 1, 50) and found.dtype == np.float32
+    assert found.argmax(axis=-1).tolist() == [[6], [6]]  # frequency 0 is left out
+    np.testing.assert_allclose(found[0, 0, 6], found[1, 0, 6], rtol=1e-3)
+
+
 def test_the_linear_bound_separates_classes_with_far_means_and_not_noise() -> None:
     accuracy, _ = linear_accuracy(load_tiny(0, 300), 0)
     assert accuracy > 0.9
@@ -156,8 +214,9 @@ def test_every_method_makes_a_plan_of_the_same_rounds_for_every_data_set(method:
     assert (plan.training.batch_size, plan.training.local_epochs) == (16, 2)
     last = plan.stages[-1]
     assert {name for name in (*last.active, *last.frozen) if ".layers." in name} == {
-        f"{modality}.layers.{index}" for modality in plan.model.modalities for index in range(6)
+        f"{each.modality}.layers.{index}" for each in plan.model.encoders for index in range(each.layers)
     }
+    assert {encoder.layers for encoder in plan.model.encoders} == {12 if data.endswith("_12") else 6}
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -179,7 +238,8 @@ def test_cells_differ_in_name_and_the_first_seed_of_all_comes_first() -> None:
     cells = all_cells([0, 1])
     assert len({cell.key for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    assert {cell.method for cell in cells} == {*METHODS, *OPTIONS, *SELF_SUPERVISED, CENTRALISED, LINEAR, UNTRAINED}
+    methods = {*METHODS, *OPTIONS, *PARTIAL, *REAL, *SELF_SUPERVISED, CENTRALISED, LINEAR, UNTRAINED}
+    assert {cell.method for cell in cells} == methods
     assert {cell.data for cell in cells} == set(DATA_SETS)
     assert {cell.setting.participation for cell in cells} == {0.25, 0.5, 1.0}
 
@@ -187,7 +247,7 @@ def test_cells_differ_in_name_and_the_first_seed_of_all_comes_first() -> None:
 def test_cells_are_chosen_by_all_words_of_any_choice() -> None:
     cells = all_cells([0])
     assert chosen(cells, "") == cells
-    found = chosen(cells, "seglearn /layerwise/, emoji end_to_end")
+    found = chosen(cells, "seglearn/layerwise/ 18 natural/, emoji end_to_end")
     assert [(cell.data, cell.method) for cell in found] == [("seglearn", "layerwise"), ("emoji", "end_to_end")]
 
 
@@ -224,6 +284,42 @@ def test_a_cell_gives_a_row_with_its_score_its_costs_and_its_course(tiny_data: N
     # Two of three devices in each round: a device computes two thirds of what it would, for 20 examples on average.
     assert 0 < row["device_macs"] < 20 * row["train_macs_per_sample_with_cache"]
     assert row["bytes_moved"] == row["bytes_down"] + row["bytes_up"] > 0
+    assert [[norm is not None for norm in norms] for norms in row["gradient_by_round"]] == [[True, False]] * 2 + [
+        [False, True]
+    ] * 2
+
+
+def test_gradients_are_those_of_the_layers_that_a_stage_trains() -> None:
+    loaded = load_tiny(0)
+    plan = strategy_plan(TINY, 4, 1, 3, "layerwise")
+    model = build_model(TINY, 3)
+    weights = {
+        name: {key: p.detach().numpy() for key, p in module.named_parameters()} for name, module in model.segments().items()
+    }
+    probe = GradientProbe(plan, loaded.train)
+    for stage in (0, 1):
+        probe(SimpleNamespace(stage=stage), lambda: weights)
+
+    def wanted(description: ModelDescription, layer: int) -> float:
+        eager = build_model(description, 5)
+        load_weights(eager, description, weights)
+        (logits,) = eager(torch.from_numpy(loaded.train["audio"]))
+        torch.nn.functional.cross_entropy(logits, torch.from_numpy(loaded.train["label"])).backward()
+        block = eager.segments()[f"audio.layers.{layer}"]
+        return float(torch.cat([p.grad.flatten() for p in block.parameters()]).norm())
+
+    one = TINY.model_copy(update={"encoders": (TINY.encoder("audio").first(1),)})
+    assert probe.by_round == [[pytest.approx(wanted(one, 0), rel=1e-3), None], [None, pytest.approx(wanted(TINY, 1), rel=1e-3)]]
+
+
+def test_gradients_are_told_by_layer_and_the_first_beside_the_last() -> None:
+    rows = [
+        {"data": "d", "setting": "s", "method": "progressive", "seed": seed, "gradient_by_round": [[4.0, None], [scale, 1.0]]}
+        for seed, scale in ((0, 2.0), (1, 6.0))
+    ]
+    (entry,) = summarise_gradients([*rows, {"data": "d", "setting": "s", "method": "linear", "seed": 0}])
+    assert entry["norm_by_layer"] == [4.0, 1.0] and entry["first_to_last"] == 4.0 and entry["seeds"] == [0, 1]
+    assert gradient_table([entry]).row_count == 1
 
 
 def test_of_a_contrastive_model_the_score_is_recall_and_training_raises_it(tiny_data: None) -> None:

@@ -243,9 +243,11 @@ def test_simulate_exports_and_trains_and_tells_of_each_round(files: list[Path], 
     model = MODEL.only("audio").model_copy(update={"encoders": (MODEL.encoder("audio").first(1),)})
     stages = make_stages(model, "end_to_end", rounds=2, learning_rate=0.03)
     plan = Plan(name="one", model=model, strategy="end_to_end", stages=stages, training=PLAIN)
-    told: list[tuple[int, int]] = []
-    result = simulate(plan, files[:1], tmp_path, on_round=lambda each: told.append((each.stage, each.round)))
-    assert told == [(0, 0), (0, 1)] and result.examples == {"device-0": 30}
+    told = []
+    result = simulate(plan, files[:1], tmp_path, on_round=lambda each, weights: told.append((each.round, weights()["head"])))
+    assert [number for number, _ in told] == [0, 1] and result.examples == {"device-0": 30}
+    first, last = (head["weight"] for _, head in told)
+    assert (first != last).any() and (last == result.weights["head"]["weight"]).all()
 
 
 def test_a_shared_program_is_loaded_once_and_survives_being_closed(tmp_path: Path) -> None:
