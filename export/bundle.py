@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +25,12 @@ from export.programs import Keys, ProgramSet, needs_embeddings, stage_terms
 from export.proofs import by_modality, prove_model
 from export.report import plan_examples
 from export.stage_module import Terms, reference_sizes
+from export.toolchain import check_folder, tool_versions, write_bundle
 from export.worker import lowering_pool
 from lamina import __version__
-from lamina.bundle import BLOBS, MANIFEST, SIGNATURE, blob_path, hash_file, sign_bundle
+from lamina.bundle import hash_file
 from lamina.errors import ConfigError, ExportError
-from lamina.files import write_durably
-from lamina.keys import SigningKey, own_key
+from lamina.keys import own_key
 from lamina.manifest import ENGINES, EngineName, Manifest, PartialStage, Rewrite, StageCost, StagePrograms
 from lamina.model import SelfSupervised
 from lamina.plan import Plan, Stage
@@ -39,13 +38,6 @@ from lamina.segments import TensorSpec
 from lamina.tensors import Encoding, encode, hash_bytes
 
 OnProgress = Callable[[str, int, int], None]
-
-# What the bytes of a program depend on, besides the graph and our own lowering.
-_PACKAGES: dict[EngineName, tuple[str, ...]] = {
-    "executorch": ("torch", "executorch"),
-    "onnxruntime": ("torch", "onnx", "onnxscript"),
-    "torch": ("torch",),
-}
 
 
 def export_bundle(
@@ -83,7 +75,7 @@ def export_bundle(
     """
     if not engines or len(set(engines)) != len(engines) or not set(engines) <= set(ENGINES):
         raise ConfigError(f"engines must be one or more of {', '.join(ENGINES)}, each once; given {list(engines)}")
-    versions = {engine: _versions(engine) for engine in engines}
+    versions = {engine: tool_versions(engine) for engine in engines}
     measured_on = _measured_on(plan, sample)
     model = build_model(plan.model, plan.seed) if model is None else deepcopy(model)
     model.eval()
@@ -94,7 +86,7 @@ def export_bundle(
         for name, module in segments.items()
     }
     initial = {name: hash_bytes(data) for name, data in weights.items()}
-    _check_folder(folder, plan, initial)
+    check_folder(folder, lambda path: _other_plan(path, plan, initial))
     signer = own_key()  # before the long work: what would keep it from being signed is known now
 
     pools = find_pools(model, plan.model)
@@ -174,7 +166,7 @@ def export_bundle(
                 raise ExportError(f"stage {stage.index}: tensors are not in exchange order; this is a fault of lamina")
         if cut.calibrate and manifest.calibrated(stage.index) != list(cut.calibrate[0].active):
             raise ExportError(f"stage {stage.index}: calibration has other segments than the manifest says; a fault of lamina")
-    _write(folder, manifest, blobs, signer)
+    write_bundle(folder, manifest.to_json(), blobs, signer)
     return manifest
 
 
@@ -318,35 +310,7 @@ def _file_bytes(specs: Iterable[TensorSpec], encoding: Encoding) -> int:
     return len(encode({spec.name: np.zeros(spec.shape, np.float32) for spec in specs}, encoding))
 
 
-def _versions(engine: EngineName) -> dict[str, str]:
-    """Versions of the packages that write programs of this engine."""
-    try:
-        return {package: version(package) for package in _PACKAGES[engine]}
-    except PackageNotFoundError as error:
-        raise ExportError(f"{engine} cannot be exported here: {error}; pip install 'lamina[export,{engine}]'") from error
-
-
-def _check_folder(folder: Path, plan: Plan, initial: dict[str, str]) -> None:
-    """The folder must be empty, or hold this very bundle, whole or begun."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; give a folder for the bundle")
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST, SIGNATURE, BLOBS))
-    if strangers:
-        raise ConfigError(f"{folder} holds other files ({', '.join(strangers[:3])}); give an empty folder for the bundle")
-    if (folder / MANIFEST).exists():
-        found = Manifest.from_file(folder / MANIFEST)
-        if found.plan != plan or found.initial_weights != initial:
-            raise ConfigError(f"{folder} holds the bundle of another plan ({found.plan.name!r}); give an empty folder")
-
-
-def _write(folder: Path, manifest: Manifest, blobs: dict[str, bytes], signer: SigningKey) -> None:
-    """Blobs first, the manifest last: a folder with a manifest is whole. Blobs of an earlier export are removed."""
-    for digest, data in blobs.items():
-        write_durably(blob_path(folder, digest), data)
-    sign_bundle(folder, signer, manifest.to_json())
-    write_durably(folder / MANIFEST, manifest.to_json())
-    for path in (folder / BLOBS).iterdir():
-        if path.name not in blobs:
-            path.unlink()
+def _other_plan(path: Path, plan: Plan, initial: dict[str, str]) -> str | None:
+    """The name of the plan that this manifest is of, if it is another plan or has other weights."""
+    found = Manifest.from_file(path)
+    return found.plan.name if found.plan != plan or found.initial_weights != initial else None

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.export import ExportedProgram
 
-from export import lower_executorch, lower_onnx, lower_torch
 from export.cache import ProgramCache, program_key
 from export.cost import peak_live_bytes
 from export.cut import LABELS, StageCut, embedding, example_inputs, segment_input
@@ -23,6 +22,7 @@ from export.parity import check_parity
 from export.sharing import Look, computes_the_same, look
 from export.stage_module import Terms, random_references
 from export.supported import unsupported
+from export.toolchain import FORMATS
 from export.trace import Arrays, example_batch, forward_graph, graph_text
 from export.trace_errors import explain
 from export.worker import LoweredProgram
@@ -36,12 +36,6 @@ Start = Callable[[EngineName, ExportedProgram], Callable[[], LoweredProgram]]
 Keys = dict[EngineName, str]
 """Cache key of a program, by engine."""
 FROZEN_INPUT = "x"
-
-_FORMATS: dict[EngineName, int] = {
-    "executorch": lower_executorch.FORMAT,
-    "onnxruntime": lower_onnx.FORMAT,
-    "torch": lower_torch.FORMAT,
-}
 
 
 def needs_embeddings(plan: Plan) -> bool:
@@ -280,7 +274,7 @@ class ProgramSet:
         keys: Keys = {}
         for engine, versions in self.versions.items():
             file_graph = for_torch if engine == "torch" and for_torch is not None else graph
-            key = program_key(graph_text(file_graph), engine, versions | {"format": str(_FORMATS[engine])})
+            key = program_key(graph_text(file_graph), engine, versions | {"format": str(FORMATS[engine])})
             keys[engine] = key
             if key in self.wanted:
                 continue

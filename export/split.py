@@ -7,35 +7,24 @@ their programs; a repeated export takes them from the cache.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from export import lower_executorch, lower_onnx, lower_torch
 from export.cache import ProgramCache, default_cache, program_key
 from export.cost import peak_live_bytes
 from export.models import build_model
 from export.parity import TOLERANCE
 from export.runtimes import is_installed, open_program
 from export.split_functions import input_spec, split_functions
-from export.split_graphs import (
-    Restore,
-    SplitFunction,
-    eager,
-    graph,
-)
-from export.split_modules import (
-    Adapter,
-    Fusion,
-)
+from export.split_graphs import Restore, SplitFunction, eager, graph
+from export.split_modules import Adapter, Fusion
+from export.toolchain import FORMATS, check_folder, tool_versions, write_bundle
 from export.trace import Arrays, example_batch, graph_text
 from export.worker import LoweredProgram, lowering_pool
 from lamina import __version__
-from lamina.bundle import BLOBS, MANIFEST, SIGNATURE, blob_path, sign_bundle
 from lamina.errors import ConfigError, ParityError
-from lamina.files import write_durably
 from lamina.keys import own_key
 from lamina.manifest import ENGINES, EngineName
 from lamina.segments import Segment, TensorSpec, classifier, layer, norm, stem
@@ -44,16 +33,6 @@ from lamina.split_manifest import SplitManifest, SplitProgram, taken_weights
 from lamina.tensors import decode_file, encode, hash_bytes
 
 OnProgress = Callable[[str, int, int], None]
-_FORMATS: dict[EngineName, int] = {
-    "executorch": lower_executorch.FORMAT,
-    "onnxruntime": lower_onnx.FORMAT,
-    "torch": lower_torch.FORMAT,
-}
-_PACKAGES: dict[EngineName, tuple[str, ...]] = {
-    "executorch": ("torch", "executorch"),
-    "onnxruntime": ("torch", "onnx", "onnxscript"),
-    "torch": ("torch",),
-}
 
 
 def export_split(
@@ -74,7 +53,8 @@ def export_split(
     """
     if not engines or not set(engines) <= set(ENGINES):
         raise ConfigError(f"engines must be one or more of {', '.join(ENGINES)}; given {list(engines)}")
-    _check_folder(folder, plan)
+    check_folder(folder, lambda path: _other_plan(path, plan))
+    versions = {engine: tool_versions(engine) for engine in engines}
     signer = own_key()
     parts = make_parts(plan, weights)
     tensors = {name: [value.detach() for value in module.parameters()] for name, module in parts.items()}
@@ -95,12 +75,12 @@ def export_split(
             on_progress("trace", done, len(makers))
             maker.trace(known)
         for engine in engines:
-            versions = {package: version(package) for package in _PACKAGES[engine]} | {"format": str(_FORMATS[engine])}
+            tools = versions[engine] | {"format": str(FORMATS[engine])}
             store = ProgramCache(cache or default_cache())
             waiting: dict[str, Callable[[], LoweredProgram]] = {}
             fresh: set[str] = set()
             for maker in makers:
-                key = program_key("split " + graph_text(maker.graph), engine, versions)
+                key = program_key("split " + graph_text(maker.graph), engine, tools)
                 maker.keys[engine] = key
                 if key in waiting:
                     continue
@@ -135,15 +115,9 @@ def export_split(
         initial_weights={name: hash_bytes(data) for name, data in files.items()},
         programs=by_engine,
         blobs={digest: len(data) for digest, data in sorted(blobs.items())},
-        versions={"lamina": __version__, **{p: version(p) for engine in engines for p in _PACKAGES[engine]}},
+        versions={"lamina": __version__, **{p: v for found in versions.values() for p, v in found.items()}},
     )
-    for digest, data in blobs.items():
-        write_durably(blob_path(folder, digest), data)
-    sign_bundle(folder, signer, manifest.to_json())
-    write_durably(folder / MANIFEST, manifest.to_json())
-    for path in (folder / BLOBS).iterdir():
-        if path.name not in blobs:
-            path.unlink()
+    write_bundle(folder, manifest.to_json(), blobs, signer)
     return manifest
 
 
@@ -301,14 +275,7 @@ def _load(module: nn.Module, path: Path) -> None:
             value.copy_(torch.from_numpy(found[name]))
 
 
-def _check_folder(folder: Path, plan: SplitPlan) -> None:
-    """The folder must be empty, or hold a bundle of this plan, whole or begun."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; give a folder for the bundle")
-    strangers = sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST, SIGNATURE, BLOBS))
-    if strangers:
-        raise ConfigError(f"{folder} holds other files ({', '.join(strangers[:3])}); give an empty folder for the bundle")
-    if (folder / MANIFEST).exists() and SplitManifest.from_file(folder / MANIFEST).plan != plan:
-        raise ConfigError(f"{folder} holds the bundle of another plan; give an empty folder")
+def _other_plan(path: Path, plan: SplitPlan) -> str | None:
+    """The name of the plan that this manifest is of, if it is another one."""
+    found = SplitManifest.from_file(path).plan
+    return found.name if found != plan else None
