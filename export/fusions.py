@@ -11,6 +11,7 @@ device lacks. Its embedding counts as zeros; `gated` and `self_attention` give i
 there is nothing to attend to, so that c is zero. What belongs to it in the head has then a gradient of exactly zero.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,7 @@ class ConcatHead(nn.Linear):
         return super().forward(given if isinstance(given, Tensor) else torch.cat(_filled(given), dim=-1))
 
 
-class FusionHead(nn.Module):
+class FusionHead(nn.Module, ABC):
     """Joins the embeddings to one vector of `joined` numbers, on which `out` decides."""
 
     def __init__(self, modalities: int, output: int, joined: int, classes: int) -> None:
@@ -59,9 +60,9 @@ class FusionHead(nn.Module):
         logits: Tensor = self.out(self.join(_filled(given), [z is not None for z in given]))
         return logits
 
+    @abstractmethod
     def join(self, embeddings: list[Tensor], present: list[bool]) -> Tensor:
         """(batch, joined). Where not `present`, the embedding is zeros."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{self.modalities} of {self.output}"
