@@ -2,8 +2,9 @@
 
 Question   Final test accuracy (recall at 5 for image-text pairs), planned memory, FLOPs and bytes of a device, over seeds.
 Method     Every cell is a whole federated run, simulated in one process with the real exporter, client and aggregation on
-           ONNX Runtime (`benchmarks.simulation`); nothing but waiting is left out. Beside it a bound from above, the end-to-end
-           plan on one client with all the data, and one from below, a linear model on raw values.
+           ONNX Runtime, or PyTorch on a GPU where there is one (`benchmarks.simulation`); nothing but waiting is left out.
+           Beside it a bound from above, the end-to-end plan on one client with all the data, and one from below, a linear
+           model on raw values.
 Not shown  Published data sets and sizes; rates were chosen on AV-Digits for the three strategies (`benchmarks.demo_plan`).
 
     python -m benchmarks.methods [--only "seglearn layerwise,emoji"] [--seeds 0,1,2] [--minutes 60] [--workers 2] [--fresh]

@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from benchmarks.federated import federated_run
 from benchmarks.methods.bounds import linear_accuracy
 from benchmarks.methods.cells import CENTRALISED, LINEAR, UNTRAINED, Cell
@@ -27,7 +29,7 @@ from lamina.names import LABEL
 from lamina.plan import Plan
 from lamina.tensors import hash_bytes
 
-ENGINE: EngineName = "onnxruntime"
+ENGINE: EngineName = "torch" if torch.cuda.is_available() else "onnxruntime"
 
 
 def plan_of(cell: Cell) -> Plan | None:
@@ -72,6 +74,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         result = simulate(plan, files, folder / "run", ENGINE, cell.setting.participation, on_round, server)
     seconds = {"seconds": time.monotonic() - started, "simulate_seconds": time.monotonic() - exported}
     row |= {"gradient_by_round": probed.by_round} if probed else {}
+    row |= {"engine": ENGINE}
     return row | score(result, loaded) | describe(result) | {"cpu_seconds": result.cpu_seconds} | seconds
 
 

@@ -1,10 +1,14 @@
-"""PyTorch: `.pt2` files of the forward pass; the gradients come from autograd. For servers, workstations and comparison."""
+"""PyTorch: `.pt2` files of the forward pass; the gradients come from autograd. For servers, workstations and comparison.
+
+Programs run on the first CUDA device if there is one, else on the processor.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from edge_client.engines.base import Array, LoadedProgram, program_arrays
@@ -13,7 +17,8 @@ from lamina.names import EngineName, ProgramShape
 
 
 class TorchProgram:
-    def __init__(self, path: Path, program: ProgramShape) -> None:
+    def __init__(self, path: Path, program: ProgramShape, device: str) -> None:
+        self._device = device
         self._file = path.name
         self._role = program.role
         self._num_weights = len(program.weights)
@@ -21,6 +26,8 @@ class TorchProgram:
         try:
             with path.open("rb") as file:  # by name, torch warns about files that do not end in .pt2
                 exported = torch.export.load(file)
+            if device != "cpu":  # where it was exported
+                exported = move_to_device_pass(exported, device)
             self._module: Any = exported.module()
             self._arguments = exported.call_spec.in_spec
         except Exception as error:  # zip, pickle-free JSON and torch errors, depending on where the file is damaged
@@ -29,7 +36,7 @@ class TorchProgram:
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         if len(arrays) != self._num_arrays:
             raise EngineError(f"program {self._file} takes {self._num_arrays} arrays, given {len(arrays)}")
-        tensors = [torch.from_numpy(array) for array in arrays]
+        tensors = [torch.from_numpy(array).to(self._device) for array in arrays]
         # Only float32 programs are differentiated, so a weight is one array here.
         weights = tensors[: self._num_weights]
         embeddings = [tensor for tensor in tensors if tensor.is_floating_point()]  # and not the label, if there is one
@@ -46,7 +53,7 @@ class TorchProgram:
                     outputs += torch.autograd.grad(outputs[0], differentiated)
         except Exception as error:  # guards raise AssertionError, kernels RuntimeError, arguments TypeError
             raise EngineError(f"torch failed in program {self._file}: {error}") from error
-        return [output.detach().numpy() for output in outputs]
+        return [output.detach().cpu().numpy() for output in outputs]
 
     def _forward(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         # The file may take its arrays flat or as (weights, inputs); their order is the same. The embed graph serves
@@ -63,9 +70,10 @@ class Torch:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def load(self, path: Path, program: ProgramShape) -> LoadedProgram:
-        return TorchProgram(path, program)
+        return TorchProgram(path, program, self._device)
 
 
 ENGINE = Torch
