@@ -32,7 +32,7 @@ from benchmarks.methods.cells import Cell, all_cells, chosen
 from benchmarks.methods.gradients import gradient_table, summarise_gradients
 from benchmarks.methods.plot import draw
 from benchmarks.methods.run import plan_hash, row_or_error
-from benchmarks.methods.summary import NOTES, summarise, table_of
+from benchmarks.methods.summary import NOTES, bars, markdown_of, summarise, table_of
 from lamina.errors import ConfigError
 
 RESULT, COMMAND = "methods", "make bench-methods"
@@ -127,8 +127,11 @@ def in_order(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write_rows(rows: Sequence[dict[str, Any]]) -> Path:
     ordered = in_order(rows)
-    facts = {"notes": list(NOTES), "summary": summarise(ordered), "gradients": summarise_gradients(ordered)}
-    return results_file.write_results(RESULT, COMMAND, ordered, **facts)
+    summary = summarise(ordered)
+    facts = {"notes": list(NOTES), "bars": bars(summary), "summary": summary, "gradients": summarise_gradients(ordered)}
+    path = results_file.write_results(RESULT, COMMAND, ordered, **facts)
+    path.with_suffix(".md").write_text(f"# `{COMMAND}`\n\n{NOTES[0]}\n\n{markdown_of(summary)}")
+    return path
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.methods.cells import usual_setting
 from benchmarks.methods.plans import BASELINE, SELF_SUPERVISED_BASELINE
 
 COSTS = ("planned_bytes", "train_macs_per_sample_with_cache", "bytes_moved")
@@ -68,42 +69,66 @@ def stage_drop(row: dict[str, Any]) -> float | None:
     return statistics.mean(changes) if changes else None
 
 
+def bars(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Points to end to end of each kind of method, by data set in its usual setting, and their mean over the data sets.
+
+    `best_layerwise` is the best of the layer-wise methods, with its name: chosen by looking at the test scores.
+    """
+    kinds = {
+        "layerwise": lambda method: method in ("layerwise", "lw_fedssl"),
+        "progressive": lambda method: method in ("progressive", "prog_fedssl"),
+        "best_layerwise": lambda method: method.startswith(("layerwise", "lw", "lamina", "fll")),
+    }
+    usual = [entry for entry in entries if entry["setting"] == str(usual_setting(entry["data"]))]
+    usual = [entry for entry in usual if entry["points_to_end_to_end"] is not None]
+    found: dict[str, Any] = {}
+    for kind, is_one in kinds.items():
+        best: dict[str, dict[str, Any]] = {}
+        for entry in (entry for entry in usual if is_one(entry["method"])):
+            known = best.setdefault(entry["data"], entry)
+            best[entry["data"]] = max(known, entry, key=lambda each: each["points_to_end_to_end"])
+        points = {data: {"method": each["method"], "points": each["points_to_end_to_end"]} for data, each in best.items()}
+        mean = statistics.mean(each["points"] for each in points.values()) if points else None
+        found[kind] = {"by_data": points, "mean_points": mean}
+    return found
+
+
+HEADINGS = ("data", "setting", "method", "seeds", "score", "sd", "points to e2e", "range", "drop", "memory", "FLOPs", "bytes")
+
+
 def table_of(entries: Sequence[dict[str, Any]]) -> Table:
     table = Table(title="methods, federated in simulation")
-    headings = (
-        "data",
-        "setting",
-        "method",
-        "seeds",
-        "score",
-        "sd",
-        "points to e2e",
-        "range",
-        "drop",
-        "memory",
-        "FLOPs",
-        "bytes",
-    )
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in headings[:3] else "right", no_wrap=heading == "method")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:3] else "right", no_wrap=heading == "method")
     last = None
     for entry in entries:
         here = (entry["data"], entry["setting"])
         if here != last and last is not None:
             table.add_section()
-        table.add_row(
-            *(here if here != last else ("", "")),
-            entry["method"],
-            str(len(entry["seeds"])),
-            f"{entry['score_mean']:.4f}",
-            _shown(entry["score_sd"], "{:.4f}"),
-            _shown(entry["points_to_end_to_end"], "{:+.2f}"),
-            "-" if entry["points_range"] is None else "{:+.1f} to {:+.1f}".format(*entry["points_range"]),
-            _shown(entry["drop_at_stage_change_points"], "{:+.2f}"),
-            *(_shown(entry[f"{cost}_times_less"], "{:.2f}x less") for cost in COSTS),
-        )
+        table.add_row(*(here if here != last else ("", "")), *_cells(entry))
         last = here
     return table
+
+
+def markdown_of(entries: Sequence[dict[str, Any]]) -> str:
+    """The same table for a page."""
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
+    lines += [f"| {' | '.join((entry['data'], entry['setting'], *_cells(entry)))} |" for entry in entries]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    """What follows data and setting."""
+    return [
+        entry["method"],
+        str(len(entry["seeds"])),
+        f"{entry['score_mean']:.4f}",
+        _shown(entry["score_sd"], "{:.4f}"),
+        _shown(entry["points_to_end_to_end"], "{:+.2f}"),
+        "-" if entry["points_range"] is None else "{:+.1f} to {:+.1f}".format(*entry["points_range"]),
+        _shown(entry["drop_at_stage_change_points"], "{:+.2f}"),
+        *(_shown(entry[f"{cost}_times_less"], "{:.2f}x less") for cost in COSTS),
+    ]
 
 
 def _shown(value: float | None, form: str) -> str:

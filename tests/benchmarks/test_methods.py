@@ -21,7 +21,7 @@ from benchmarks.methods.plans import METHODS, OPTIONS, PARTIAL, REAL, SELF_SUPER
 from benchmarks.methods.plot import draw
 from benchmarks.methods.retrieval import both_ways, recall
 from benchmarks.methods.run import deal_cell, plan_hash, plan_of, run_cell
-from benchmarks.methods.summary import COSTS, summarise, table_of
+from benchmarks.methods.summary import COSTS, bars, markdown_of, summarise, table_of
 from benchmarks.methods.trained import load_weights
 from export.models import build_model
 from lamina.errors import ConfigError, DataError
@@ -420,6 +420,27 @@ def test_the_summary_pairs_seeds_and_compares_costs() -> None:
     assert layerwise["bytes_moved_times_less"] == 4.0
     assert bound["points_to_end_to_end"] is None and bound["bytes_moved_times_less"] is None and bound["score_sd"] is None
     assert table_of([baseline, layerwise, bound]).row_count == 3
+    lines = markdown_of([baseline, layerwise, bound]).splitlines()
+    assert len(lines) == 5 and "| layerwise | 2 | 0.8650 |" in lines[3] and {line.count("|") for line in lines} == {13}
+
+
+def test_bars_are_means_over_data_sets_and_name_the_best_layerwise_method() -> None:
+    def entry(data: str, method: str, points: float | None, setting: str = "natural") -> dict[str, object]:
+        return {"data": data, "setting": setting, "method": method, "points_to_end_to_end": points}
+
+    entries = [
+        entry("seglearn", "layerwise", -1.0),
+        entry("seglearn", "layerwise_2", 2.0),
+        entry("seglearn", "linear", None),
+        entry("emoji", "layerwise", 0.5),
+        entry("emoji", "progressive", 3.0),
+        entry("emoji", "layerwise", 90.0, setting="beta=5, 4 clients"),
+    ]
+    found = bars(entries)
+    assert found["layerwise"]["mean_points"] == pytest.approx(-0.25)
+    assert found["progressive"]["by_data"] == {"emoji": {"method": "progressive", "points": 3.0}}
+    assert found["best_layerwise"]["by_data"]["seglearn"] == {"method": "layerwise_2", "points": 2.0}
+    assert bars([])["layerwise"]["mean_points"] is None
 
 
 def test_a_plot_is_drawn_also_of_runs_of_unequal_length_and_of_nothing(tmp_path: Path) -> None:
