@@ -4,6 +4,8 @@ A version depends on the seed, the view and the number of the example, and on no
 computes features that it could not store, gets the same bits.
 """
 
+from math import prod
+
 import numpy as np
 
 from edge_client.engines.base import Array
@@ -36,7 +38,35 @@ def _changed(row: Array, augmentation: Augmentation, random: "np.random.Generato
         row = _shifted(row, steps, axis)
     if augmentation.noise:
         row = row + np.float32(augmentation.noise) * random.standard_normal(row.shape, np.float32)
+    # Last, so that it draws nothing before the changes that plans without it have.
+    return _erased(row, augmentation, random) if augmentation.erase else row
+
+
+def _erased(row: Array, augmentation: Augmentation, random: "np.random.Generator") -> Array:
+    """Zeros in one block along the axes, which covers at most the share `erase` of them; its size and place are random.
+
+    Of token ids, the block is one of the text itself, from its first to its last token that is not padding: so it never covers
+    a whole text, however short, and never spends itself on the padding.
+    """
+    spans = [_text(row)] if row.dtype.kind == "i" else [(0, row.shape[axis]) for axis in augmentation.axes]
+    left = int(augmentation.erase * prod(stop - start for start, stop in spans))
+    if not left:
+        return row
+    block: list[slice] = [slice(None)] * row.ndim
+    for axis, (start, stop) in zip(augmentation.axes, spans, strict=True):
+        size = int(random.integers(1, min(stop - start, left) + 1))
+        first = int(random.integers(start, stop - size + 1))
+        block[axis] = slice(first, first + size)
+        left //= size
+    row = row.copy()
+    row[tuple(block)] = 0
     return row
+
+
+def _text(row: Array) -> tuple[int, int]:
+    """Where a text starts, and where it ends; (0, 0) if it is padding alone."""
+    (places,) = row.nonzero()
+    return (int(places[0]), int(places[-1]) + 1) if places.size else (0, 0)
 
 
 def _shifted(row: Array, steps: int, axis: int) -> Array:

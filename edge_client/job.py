@@ -88,13 +88,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of the rows (`lamina.plan.Augmentation`); `axes` are those of one row that may be shifted."""
+    """Random changes of the rows (`lamina.plan.Augmentation`); `axes` are those of one row that may be shifted or erased."""
 
     axes: tuple[int, ...]
     shift: int
     noise: float
     flip: bool
     seed: int
+    erase: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,10 @@ class FeatureWork:
     def _augmentation(self, encoder: Encoder | ModuleEncoder) -> Augmentation:
         plan = self.manifest.plan
         found = plan.training.augmentation[encoder.modality]
-        axes = {"audio_frames": (0,), "sensor_windows": (-1,), "values": (-1,)}.get(encoder.input.kind, (-2, -1))
+        of_time = {"audio_frames": (0,), "sensor_windows": (-1,), "text_tokens": (0,), "values": (-1,)}
+        axes = of_time.get(encoder.input.kind, (-2, -1))
         seed = int(hash_bytes(f"{plan.seed}/{encoder.modality}".encode())[:15], 16)
-        return Augmentation(axes, found.shift, found.noise, found.flip, seed)
+        return Augmentation(axes, found.shift, found.noise, found.flip, seed, found.erase)
 
     def _frozen_program(self, name: str) -> str:
         try:

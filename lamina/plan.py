@@ -4,12 +4,12 @@ What cannot be combined is refused here, with the reason, before anything is exp
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from lamina.model import ModelDescription, ModuleEncoder, Name
-from lamina.record import Record
+from lamina.record import GrowingRecord, Record
 from lamina.segments import HEAD, heads_of, prefix_chain, segment_names
 
 StrategyName = Literal["layerwise", "progressive", "end_to_end"]
@@ -81,16 +81,21 @@ class FeatureStore(Record):
     keep: Literal["stage", "round", "none"] = "stage"
 
 
-class Augmentation(Record):
+class Augmentation(GrowingRecord):
     """Random changes of one modality's training examples; they depend on seed, example and view, and on nothing else.
 
     `shift` moves the example by up to so many steps of its last axis (pixels, samples; for audio frames the first axis) and
-    fills with zeros, `noise` is the standard deviation of added Gaussian noise, `flip` mirrors half of the images.
+    fills with zeros, `noise` is the standard deviation of added Gaussian noise, `flip` mirrors half of the images. `erase` is
+    the largest share of the example that one block of random size and place covers with zeros: a rectangle of an image, a span
+    of time of audio frames and sensor windows, a span of tokens of a text, where 0 is the padding. Texts take `erase` alone.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("erase",)
 
     shift: Annotated[int, Field(ge=0)] = 0
     noise: Annotated[float, Field(ge=0)] = 0.0
     flip: bool = False
+    erase: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class DepthDropout(Record):
@@ -267,8 +272,10 @@ class Plan(Record):
             if modality not in self.model.modalities:
                 raise ValueError(f"augmentation names {modality!r}; the model has {list(self.model.modalities)}")
             kind = self.model.encoder(modality).input.kind
-            if kind == "text_tokens" or (augmentation.flip and kind not in ("image_patches", "image")):
-                raise ValueError(f"augmentation of {modality!r}: texts cannot be changed, and only images can be flipped")
+            if kind == "text_tokens" and augmentation != Augmentation(erase=augmentation.erase):
+                raise ValueError(f"augmentation of {modality!r}: texts take erase alone, no other change")
+            if augmentation.flip and kind not in ("image_patches", "image"):
+                raise ValueError(f"augmentation of {modality!r}: only images can be flipped, and it is {kind}")
         if not any(stage.rounds for stage in self.stages):
             raise ValueError("every stage has 0 rounds: nothing would be trained")
         return self
