@@ -10,7 +10,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-arm64 lint format docs bench bench-engines bench-memory bench-transfers bench-reductions bench-accuracy \
-	bench-fit bench-fidelity bench-minilm bench-methods clean
+	bench-fit bench-fidelity bench-minilm bench-methods bench-split clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lamina demo $(ARGS)
@@ -35,7 +35,7 @@ format: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python -m lamina.cli.reference
 
-bench: bench-engines bench-memory bench-transfers bench-reductions bench-accuracy bench-fit bench-fidelity bench-minilm bench-methods
+bench: bench-engines bench-memory bench-transfers bench-reductions bench-accuracy bench-fit bench-fidelity bench-minilm bench-methods bench-split
 
 bench-engines: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.engines
@@ -70,6 +70,9 @@ bench-minilm: $(VENV)/.ready
 # Hours; it goes on where it was stopped. ARGS='--minutes 60 --workers 2'
 bench-methods: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.methods $(ARGS)
+
+bench-split: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.split_training $(ARGS)
 
 # torch first, from the index that the user names; then lamina with its extras. ExecuTorch declares about 40 packages that
 # nothing here imports, so it is installed without them, and then the few that it does import.
