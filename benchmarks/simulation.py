@@ -21,6 +21,7 @@ from coordinator.aggregate import Contribution, weighted_mean
 from coordinator.assignments import needed_segments
 from coordinator.cohort import draw_cohort
 from coordinator.losses import mean_by_examples
+from coordinator.modalities import is_measured_alike
 from coordinator.self_tuning import has_stalled
 from coordinator.stages import needs_teacher
 from coordinator.terms import agree
@@ -53,8 +54,10 @@ class Round:
     """One round of a run. `train_loss` is the mean over the cohort's examples.
 
     `test_*` are of the new weights on the test rows of all devices; None where the plan does not evaluate this round
-    (`cohort.evaluate_every`). Bytes are by device, for the devices of the cohort; so are the frozen segments that its
-    features passed. CPU seconds are those of the whole cohort, with its feature caches.
+    (`cohort.evaluate_every`). With a contrastive objective, losses and accuracy are of the devices that have pairs alone
+    (`coordinator.modalities.is_measured_alike`); the train loss of a cohort without any is NaN. Bytes are by device, for the
+    devices of the cohort; so are the frozen segments that its features passed. CPU seconds are those of the whole cohort, with
+    its feature caches.
     """
 
     stage: int
@@ -193,19 +196,22 @@ class Simulation:
                 updates = [self._train(device, "train", stage.index, number) for device in cohort]
                 self._aggregate(stage, updates)
                 self._calibrate(stage.index, number)
-                train_losses.append(mean_by_examples((each.result.loss, each.result.num_examples) for each in updates))
+                alike = [each.result for each in updates if is_measured_alike(plan, each.modalities)]
+                train_loss = mean_by_examples((each.loss, each.num_examples) for each in alike)
+                train_losses += [train_loss] if alike else []
                 is_last = number + 1 == stage.rounds or self._has_stalled("train_loss", train_losses)
                 trained = time.process_time()
                 found: dict[str, Evaluated] = {}
                 if plan.cohort.evaluates(number, is_last):
                     found = self._evaluate(cohort, stage.index, number)
+                    found = {name: each for name, each in found.items() if self._is_measured_alike(name)}
                 asked = [(each.loss, each.num_examples) for name, each in found.items() if name in names]
                 test_losses += [mean_by_examples(asked)] if asked else []
                 yield Round(
                     stage=stage.index,
                     round=number,
                     cohort=tuple(device.name for device in cohort),
-                    train_loss=train_losses[-1],
+                    train_loss=train_loss,
                     **_test_figures(found.values()),
                     bytes_down={device.name: device.bytes_down - before[device.name] for device in cohort},
                     bytes_up={device.name: each.bytes_up for device, each in zip(cohort, updates, strict=True)},
@@ -215,6 +221,9 @@ class Simulation:
                 )
                 if is_last or self._has_stalled("test_loss", test_losses):
                     break
+
+    def _is_measured_alike(self, device: str) -> bool:
+        return is_measured_alike(self._manifest.plan, self._devices[device].modalities)
 
     def _has_stalled(self, measure: str, losses: Sequence[float]) -> bool:
         tuning = self._manifest.plan.self_tuning

@@ -20,6 +20,15 @@ def largest_set(plan: Plan, available: Iterable[str]) -> tuple[str, ...] | None:
     return max(fitting, key=len, default=None)
 
 
+def is_measured_alike(plan: Plan, modalities: tuple[str, ...]) -> bool:
+    """Whether the loss and the hits of a device with these modalities may be averaged with those of devices that have all.
+
+    With a contrastive objective, a device with one modality finds the other view of an example, not the other half of a pair:
+    other chances and another scale. A mean of both would move with who happens to take part.
+    """
+    return not modalities or plan.model.of_device(modalities) is plan.model
+
+
 def to_text(modalities: tuple[str, ...]) -> str:
     return ",".join(modalities)
 

@@ -6,7 +6,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
-from coordinator.modalities import from_text
+from coordinator.modalities import from_text, is_measured_alike
 from coordinator.rounds import is_calibrated
 from coordinator.stages import early_end
 from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow
@@ -58,11 +58,14 @@ def _accuracies(session: Session, plan: Plan, row: RoundRow) -> list[str]:
     if set(by_set) <= {()}:
         return []
     sets = ((), *plan.device_modalities)
-    return [f"accuracy with {_words(key)}: {_accuracy(by_set[key])}" for key in sets if key in by_set]
+    return [f"{_measure(plan, key)}: {_accuracy(by_set[key])}" for key in sets if key in by_set]
 
 
-def _words(modalities: tuple[str, ...]) -> str:
-    return f"{' and '.join(modalities)} alone" if modalities else "all modalities"
+def _measure(plan: Plan, modalities: tuple[str, ...]) -> str:
+    words = f"{' and '.join(modalities)} alone" if modalities else "all modalities"
+    if is_measured_alike(plan, modalities):
+        return f"accuracy with {words}"
+    return f"other view found first with {words} (not part of the accuracy)"
 
 
 def _accuracy(evaluations: Sequence[Evaluation]) -> str:

@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from coordinator.losses import mean_by_examples
+from coordinator.modalities import from_text, is_measured_alike
 from coordinator.self_tuning import has_stalled
 from coordinator.tables import EvaluationRow, RoundRow, RunRow, TeacherRow, UpdateRow, WeightRow
 from lamina.manifest import Manifest
@@ -31,16 +32,16 @@ def ends_with(session: Session, plan: Plan, row: RoundRow) -> bool:
 
 
 def stage_losses(session: Session, plan: Plan, row: RoundRow) -> list[float]:
-    """What self-tuning measures, for each round of the stage up to this one; a round that nobody evaluated has no test loss."""
+    """What self-tuning measures, for each round of the stage up to this one. A round that nobody evaluated has no test loss,
+    and one of devices whose loss is another than the plan's (`is_measured_alike`) has none at all."""
     rounds = session.scalars(
         select(RoundRow.id)
         .where(RoundRow.run_number == row.run_number, RoundRow.stage == row.stage, RoundRow.round <= row.round)
         .order_by(RoundRow.round)
     ).all()
-    if plan.self_tuning is not None and plan.self_tuning.measure == "test_loss":
-        evaluated = [list(_test_losses(session, round_id)) for round_id in rounds]
-        return [mean_by_examples(losses) for losses in evaluated if losses]
-    return [mean_by_examples(_train_losses(session, round_id)) for round_id in rounds]
+    measure = _test_losses if plan.self_tuning is not None and plan.self_tuning.measure == "test_loss" else _train_losses
+    measured = [list(measure(session, plan, round_id)) for round_id in rounds]
+    return [mean_by_examples(losses) for losses in measured if losses]
 
 
 def next_stage(session: Session, manifest: Manifest, run: RunRow, now: float) -> None:
@@ -91,14 +92,16 @@ def _remember_teacher(session: Session, manifest: Manifest, run: RunRow) -> None
             session.add(TeacherRow(run_number=run.number, stage=run.stage, segment=name, blob=blob))
 
 
-def _train_losses(session: Session, round_id: int) -> Iterator[tuple[float, int]]:
-    for text in session.scalars(select(UpdateRow.report).where(UpdateRow.round_id == round_id)):
-        report = TrainReport.model_validate_json(text)
-        yield report.loss, report.num_examples
+def _train_losses(session: Session, plan: Plan, round_id: int) -> Iterator[tuple[float, int]]:
+    for update in session.scalars(select(UpdateRow).where(UpdateRow.round_id == round_id)):
+        if is_measured_alike(plan, from_text(update.modalities)):
+            report = TrainReport.model_validate_json(update.report)
+            yield report.loss, report.num_examples
 
 
-def _test_losses(session: Session, round_id: int) -> Iterator[tuple[float, int]]:
-    answers = select(EvaluationRow.evaluation).where(EvaluationRow.round_id == round_id, EvaluationRow.evaluation.is_not(None))
-    for text in session.scalars(answers):
-        evaluation = Evaluation.model_validate_json(text or "")
-        yield evaluation.loss, evaluation.num_examples
+def _test_losses(session: Session, plan: Plan, round_id: int) -> Iterator[tuple[float, int]]:
+    answers = select(EvaluationRow).where(EvaluationRow.round_id == round_id, EvaluationRow.evaluation.is_not(None))
+    for answer in session.scalars(answers):
+        if is_measured_alike(plan, from_text(answer.modalities)):
+            evaluation = Evaluation.model_validate_json(answer.evaluation or "")
+            yield evaluation.loss, evaluation.num_examples

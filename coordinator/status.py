@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from coordinator.house import House
 from coordinator.losses import mean_by_examples
-from coordinator.modalities import from_text
+from coordinator.modalities import from_text, is_measured_alike
 from coordinator.notes import last_end, notes_of
 from coordinator.rounds import get_run
 from coordinator.tables import DeviceRow, EvaluationRow, RoundRow, RunRow, UpdateRow, WeightRow
@@ -49,7 +49,9 @@ def _round_status(house: House, session: Session, run: RunRow, row: RoundRow, no
     answered = session.scalars(
         select(EvaluationRow).where(EvaluationRow.round_id == row.id, EvaluationRow.evaluation.is_not(None))
     ).all()
-    evaluations = [Evaluation.model_validate_json(answer.evaluation or "") for answer in answered]
+    plan = house.manifest(run.manifest).plan
+    alike = [answer for answer in answered if is_measured_alike(plan, from_text(answer.modalities))]
+    evaluations = [Evaluation.model_validate_json(answer.evaluation or "") for answer in alike]
     examples = sum(evaluation.num_examples for evaluation in evaluations)
     loss = mean_by_examples((evaluation.loss, evaluation.num_examples) for evaluation in evaluations)
     return RoundStatus(

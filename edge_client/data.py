@@ -19,15 +19,19 @@ from lamina.bundle import hash_file
 from lamina.errors import DataError
 from lamina.files import raise_if_full, write_durably
 from lamina.model import ModelDescription
-from lamina.names import LABEL
+from lamina.names import LABEL, second_view
 
 _CHUNK_BYTES = 1 << 20
 _MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")  # as lamina.model.Name
 
 
 def limits_of(model: ModelDescription) -> dict[str, int]:
-    """How many values each integer input may have: the classes of the label, the vocabulary of each text modality."""
-    limits = {e.modality: e.input.vocabulary for e in model.encoders if e.input.kind == "text_tokens"}
+    """How many values each integer input may have: the classes of the label, the vocabulary of each text modality and of its
+    second view."""
+    limits: dict[str, int] = {}
+    for encoder in model.encoders:
+        if encoder.input.kind == "text_tokens":
+            limits |= dict.fromkeys((encoder.modality, second_view(encoder.modality)), encoder.input.vocabulary)
     if model.labels is not None:
         limits[LABEL] = model.labels
     return limits
@@ -89,6 +93,7 @@ class LocalData:
 
         Raises DataError that names file, array, index and value.
         """
+        model = model.of_device(modalities)
         limits = limits_of(model)
         for split in SPLITS:
             if not self.examples(split):

@@ -1,6 +1,7 @@
 """From an assignment to a job: downloads what is missing, verifies it, and writes down where everything lies."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from edge_client.job import Heartbeat, Job, ProgramFile, SegmentFile, Split
 from edge_client.prepare_features import FeatureWork
 from edge_client.program_files import Fetch, program_file, segment_file
 from lamina.errors import EngineError, ProtocolError
-from lamina.manifest import EngineName, Manifest
-from lamina.names import LABEL, Role
+from lamina.manifest import EngineName, Manifest, PartialStage, StagePrograms
+from lamina.names import ANY_MODALITY, LABEL, Role, second_view
 from lamina.plan import Plan, Stage
 from lamina.wire import Assignment, CheckIn
 
@@ -36,11 +37,14 @@ def prepare_job(
     assignment that lacks weights, DataError for data that changed meanwhile.
     """
     plan = manifest.plan
+    model = plan.model.of_device(work.modalities)
     split: Split = "test" if work.phase == "evaluate" else "train"
-    encoders = tuple(each for each in plan.model.encoders if not work.modalities or each.modality in work.modalities)
+    encoders = tuple(each for each in model.encoders if not work.modalities or each.modality in work.modalities)
     programs = {
         role: program_file(manifest.programs[blob], role, fetch(blob)) for role, blob in _roles(manifest, work, engine).items()
     }
+    if model.objective.kind != plan.model.objective.kind:
+        programs = {role: _named(program, *model.modalities) for role, program in programs.items()}
     names = manifest.calibrated(work.stage) if work.phase == "calibrate" else manifest.exchange(work.stage, work.modalities)
     features = FeatureWork(work, manifest, data, fetch, engine, state, encoders).plan(split, disk_bytes)
     return Job(
@@ -51,8 +55,8 @@ def prepare_job(
         device=device,
         engine=engine,
         seed=plan.seed,
-        objective=plan.model.objective.kind,
-        limits=limits_of(plan.model),
+        objective=model.objective.kind,
+        limits=limits_of(model),
         **_settings(work, plan, names, programs),
         upload_encoding=work.upload_encoding,
         upload_compression=work.upload_compression,
@@ -63,7 +67,7 @@ def prepare_job(
         feature_encoding=plan.training.features.encoding,
         feature_folder=str(state / "features"),
         stored_examples=features.stored[split],
-        label=data.location(split, LABEL) if plan.model.labels is not None and data.examples(split) else None,
+        label=data.location(split, LABEL) if model.labels is not None and data.examples(split) else None,
         examples=data.examples(split),
         work_folder=str(state / "work"),
         heartbeat=Heartbeat(
@@ -94,11 +98,25 @@ def _roles(manifest: Manifest, work: Assignment, engine: EngineName) -> dict[Rol
                 f"run {manifest.plan.name!r} has no programs for devices with {list(work.modalities)} alone; it has them for "
                 f"{[list(part.modalities) for part in stage.partial]}: name the set in the plan's device_modalities"
             )
-        return {"train": subset.train[engine]} if training else {"eval": subset.eval[engine]}
-    if engine not in manifest.loss_programs:
-        return {"train": stage.train[engine]} if training else {"eval": stage.eval[engine]}
-    roles: dict[Role, str] = {"embed": stage.eval[engine], "loss": manifest.loss_programs[engine]}
-    return roles | {"backward": stage.train[engine]} if training else roles
+        return _roles_of(subset, manifest.view_loss_programs, engine, training)
+    return _roles_of(stage, manifest.loss_programs, engine, training)
+
+
+def _roles_of(
+    programs: StagePrograms | PartialStage, loss: Mapping[EngineName, str], engine: EngineName, training: bool
+) -> dict[Role, str]:
+    """One program for the step, or three where there is one for the loss of a whole batch (`lamina.manifest`)."""
+    if engine not in loss:
+        return {"train": programs.train[engine]} if training else {"eval": programs.eval[engine]}
+    roles: dict[Role, str] = {"embed": programs.eval[engine], "loss": loss[engine]}
+    return roles | {"backward": programs.train[engine]} if training else roles
+
+
+def _named(program: ProgramFile, modality: str) -> ProgramFile:
+    """A program for one modality, whichever it is, with the name of this one."""
+    names = {ANY_MODALITY: modality, second_view(ANY_MODALITY): second_view(modality)}
+    inputs = tuple(replace(each, name=names.get(each.name, each.name)) for each in program.inputs)
+    return replace(program, inputs=inputs)
 
 
 def _settings(work: Assignment, plan: Plan, names: Sequence[str], programs: Mapping[Role, ProgramFile]) -> dict[str, Any]:

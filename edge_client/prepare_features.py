@@ -122,7 +122,8 @@ class FeatureWork:
     def _is_augmented(self, encoder: Encoder | ModuleEncoder, split: Split) -> bool:
         """Test examples are, too, where the objective is about augmented views."""
         plan = self.manifest.plan
-        is_for_all = split == "train" or plan.model.objective.kind == "self_supervised"
+        objective = plan.model.of_device(self.work.modalities).objective
+        is_for_all = split == "train" or objective.kind == "self_supervised"
         return is_for_all and encoder.modality in plan.training.augmentation
 
     def _views(self, encoder: Encoder | ModuleEncoder, split: Split) -> int:

@@ -94,6 +94,7 @@ def export_bundle(
     chosen: list[_StageKeys] = []
     frozen: dict[EngineName, dict[str, str]] = {engine: {} for engine in engines}
     loss: Keys = {}
+    view_loss: Keys = {}
     steps = len(plan.stages) + len(_frozen_segments(plan))
     with lowering_pool(workers or os.cpu_count() or 1) as start:
         programs = ProgramSet(plan, versions, ProgramCache(cache or default_cache()), start)
@@ -107,6 +108,7 @@ def export_bundle(
             on_progress("trace", done, steps)
         if needs_embeddings(plan):
             loss = programs.add_loss()
+            view_loss = programs.add_view_loss() if plan.device_modalities else {}
         programs.finish(lambda done, total: on_progress("lower", done, total))
 
     lowered = programs.lowered
@@ -136,7 +138,7 @@ def export_bundle(
                         modalities=subset,
                         train={engine: address[key] for engine, key in part.train.items()},
                         eval={engine: address[key] for engine, key in part.eval.items()},
-                        planned_bytes=_planned(plan, cut.partial[subset], programs, part, {}),
+                        planned_bytes=_planned(plan, cut.partial[subset], programs, part, view_loss),
                     )
                     for subset, part in keys.partial.items()
                 ),
@@ -151,6 +153,7 @@ def export_bundle(
         programs={address[key]: programs.describe(key, address[key]) for key in lowered},
         frozen_programs={engine: {name: address[key] for name, key in chain.items()} for engine, chain in frozen.items()},
         loss_programs={engine: address[key] for engine, key in loss.items()},
+        view_loss_programs={engine: address[key] for engine, key in view_loss.items()},
         prefix_errors=errors,
         prefix_errors_on=(hash_file(sample) if sample else RANDOM_INPUTS) if errors else "",
         segment_macs={name: forward_macs(segments[name], example) for name, example in plan_examples(plan).items()},
@@ -206,10 +209,11 @@ def _cuts(plan: Plan, stage: Stage, segments: Mapping[str, nn.Module], pools: Ma
         everything = stage.model_copy(update={"active": tuple(n for n in segments if n in attached), "frozen": ()})
         own = cut_stage(segments, plan.model, everything, pools=pools, terms=Terms(held=False))
         calibrate = (everything, own)
+    in_three = needs_embeddings(plan)
     return _Cuts(
-        whole=cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=needs_embeddings(plan), terms=terms),
+        whole=cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=in_three, terms=terms),
         partial={
-            subset: cut_stage(segments, plan.model, stage, pools=pools, terms=terms, present=subset)
+            subset: cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=in_three, terms=terms, present=subset)
             for subset in plan.device_modalities
         },
         calibrate=calibrate,

@@ -30,11 +30,13 @@ from export.trunk import MeanTokens
 from lamina.errors import CutError
 from lamina.manifest import LABEL, ProgramReference, second_view
 from lamina.model import Encoder, ModelDescription, ModuleEncoder, SelfSupervised, Supervised
+from lamina.names import ANY_MODALITY
 from lamina.plan import Stage
 from lamina.segments import (
     HEAD,
     Segment,
     TensorSpec,
+    belongs,
     classifier,
     heads_of,
     layer,
@@ -125,10 +127,11 @@ def describe_segment(name: str, module: nn.Module, description: ModelDescription
 class StageCut:
     """The active part of a stage.
 
-    `module(*tensors of each reference, *inputs)` gives (loss, correct), or one embedding (batch, output) for each modality.
+    `module(*tensors of each reference, *inputs)` gives (loss, correct), or one embedding (batch, output) for each input.
     `weights` names its parameters `segment/tensor`, in the order of `module.parameters()`; `inputs` are its batch inputs
     without the batch axis; `references` are the copies of its parameters that it takes. `evaluation(*inputs)` has the same
-    parameters and the main term of the loss alone; it is the same module where there is no other term.
+    parameters and the main term of the loss alone; it is the same module where there is no other term. `description` is the
+    model as the device trains it (`lamina.model.ModelDescription.of_device`).
     """
 
     module: StageModule
@@ -136,6 +139,7 @@ class StageCut:
     weights: tuple[TensorSpec, ...]
     inputs: tuple[TensorSpec, ...]
     references: tuple[ProgramReference, ...]
+    description: ModelDescription
 
 
 def cut_stage(
@@ -153,14 +157,17 @@ def cut_stage(
     `pools` are those of `find_pools`; without them, every modality takes the mean over its tokens.
     `until_embeddings` leaves out the objective and the label, for an objective without a head of its own.
     `terms` are those of the training loss: without them all that the objective has, but a teacher only after the first stage.
-    `present` are the modalities of a device that has not all of them: the cut has their segments and the head.
+    `present` are the modalities of a device that has not all of them: the cut has their segments and the head. Where it has the
+    two views of one modality instead of a pair, its inputs are named for none (`lamina.names.ANY_MODALITY`).
     """
     chosen = pools or {modality: MeanTokens() for modality in description.modalities}
+    _check_ends(segments, chosen, description, stage)
+    has_views_for_pairs = description.of_device(present) is not description
+    description = description.of_device(present)
     present = present or description.modalities
     absent = [modality for modality in description.modalities if modality not in present]
     terms = terms or Terms(has_teacher=stage.index > 0)
-    _check_ends(segments, chosen, description, stage)
-    names = [name for name in stage.active if name.partition(".")[0] not in absent]
+    names = [name for name in stage.active if belongs(name, present)]
     parts = copies_of(segments, names)
 
     def module(of: Terms, is_judged: bool) -> StageModule:
@@ -184,14 +191,21 @@ def cut_stage(
     )
     if [spec.shape for spec in weights] != [tuple(value.shape) for value in trained.parameters()]:
         raise CutError(f"stage {stage.index}: the cut module's tensors are not in exchange order; this is a fault of lamina")
+    inputs = _batch_inputs(description, stage, present, with_label=not until_embeddings)
     has_more = bool(trained.reference_specs) or (terms.blend and any(name == classifier(m) for m in present for name in names))
     return StageCut(
         module=trained,
         evaluation=module(MAIN_TERM, is_judged=True) if has_more else trained,
         weights=weights,
-        inputs=_batch_inputs(description, stage, present, with_label=not until_embeddings),
+        inputs=_named_for_any(inputs) if has_views_for_pairs else inputs,
         references=trained.reference_specs,
+        description=description,
     )
+
+
+def _named_for_any(views: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    names = (ANY_MODALITY, second_view(ANY_MODALITY))
+    return tuple(spec.model_copy(update={"name": name}) for spec, name in zip(views, names, strict=True))
 
 
 def _batch_inputs(
@@ -247,9 +261,9 @@ def segment_input(description: ModelDescription, name: str) -> TensorSpec:
     return features(encoder, place - 1) if place else raw_input(encoder)
 
 
-def embedding(description: ModelDescription, modality: str) -> TensorSpec:
-    """What the projection gives; it is not normalised, the contrastive loss does that."""
-    return TensorSpec(name=modality, shape=(description.projection.output,))
+def embedding(description: ModelDescription, name: str) -> TensorSpec:
+    """What the projection gives, under a name; it is not normalised, the contrastive loss does that."""
+    return TensorSpec(name=name, shape=(description.projection.output,))
 
 
 def example_inputs(
@@ -375,6 +389,7 @@ def _bound(description: ModelDescription, name: str) -> int:
     """Exclusive upper bound of an int64 input."""
     if name == LABEL and description.labels is not None:
         return description.labels
-    spec = description.encoder(name).input
+    # A second view, and an input that is named for none, are of the only modality that there is.
+    spec = (description.encoders[0] if len(description.encoders) == 1 else description.encoder(name)).input
     assert spec.kind == "text_tokens"
     return spec.vocabulary

@@ -79,7 +79,8 @@ class StageNeeds:
 def stage_needs(
     plan: Plan, micro_batch: int | None = None, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[StageNeeds]:
-    """The needs of each different stage of a plan; stages of equal layers are traced, and listed, once.
+    """The needs of each different stage of a plan; stages of equal layers are traced, and listed, once. With a contrastive
+    objective, those of devices with one modality are listed beside it.
 
     With a contrastive objective, `micro_batch` decides whether the step is one program or three (`lamina.manifest`).
     """
@@ -104,11 +105,6 @@ def stage_needs(
         seen.add(shape)
         programs = ProgramSet(plan, {_ANY: {}}, None, _not_lowered)
         split = needs_embeddings(plan)
-        cut = cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=split, terms=terms)
-        train, evaluation = programs.add_stage(stage, cut)
-        keys: dict[Role, str] = {"train": train[_ANY]}
-        if split:
-            keys = {"embed": evaluation[_ANY], "loss": programs.add_loss()[_ANY], "backward": train[_ANY]}
         frozen: dict[Precision, dict[str, tuple[ExportedProgram, int]]] = {}
         for precision in get_args(Precision):
             chosen = plan.model_copy(update={"training": training.model_copy(update={"prefix_precision": precision})})
@@ -119,20 +115,33 @@ def stage_needs(
                 key: (prefix.wanted[key].graph, _weight_bytes(segments[name], prefix.wanted[key].precision))
                 for key, name in added.items()
             }
-        count = sum(spec.count for spec in cut.weights)
-        found.append(
-            StageNeeds(
-                stage=stage,
-                parameters=count,
-                batch_size=plan.training.batch_size,
-                graphs={role: programs.wanted[key].graph for role, key in keys.items()},
-                frozen={precision: tuple(graphs.values()) for precision, graphs in frozen.items()},
-                embedding_bytes=embedding_bytes(plan) if split else 0,
-                held_values=held_values(plan, count, reference_sizes(cut.module)),
+        for present in ((), *_view_sets(plan)):
+            cut = cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=split, terms=terms, present=present)
+            train, evaluation = programs.add_stage(stage, cut)
+            keys: dict[Role, str] = {"train": train[_ANY]}
+            if split:
+                loss = programs.add_view_loss() if present else programs.add_loss()
+                keys = {"embed": evaluation[_ANY], "loss": loss[_ANY], "backward": train[_ANY]}
+            count = sum(spec.count for spec in cut.weights)
+            found.append(
+                StageNeeds(
+                    stage=stage,
+                    parameters=count,
+                    batch_size=plan.training.batch_size,
+                    graphs={role: programs.wanted[key].graph for role, key in keys.items()},
+                    frozen={precision: tuple(graphs.values()) for precision, graphs in frozen.items()},
+                    embedding_bytes=embedding_bytes(plan) if split else 0,
+                    held_values=held_values(plan, count, reference_sizes(cut.module)),
+                )
             )
-        )
     on_progress(len(plan.stages), len(plan.stages))
     return found
+
+
+def _view_sets(plan: Plan) -> tuple[tuple[str, ...], ...]:
+    """The devices with one modality whose step is another one (`ModelDescription.of_device`): with two views of a large encoder
+    it may take more than that of a pair with a small one. Other devices with fewer modalities never take more."""
+    return tuple(subset for subset in plan.device_modalities if plan.model.of_device(subset) is not plan.model)
 
 
 def _weight_bytes(module: nn.Module, precision: Precision) -> int:

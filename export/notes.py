@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-from lamina.model import ModuleEncoder, SelfSupervised
+from lamina.model import Contrastive, ModuleEncoder, SelfSupervised
 from lamina.plan import Plan
 from lamina.segments import prefix_chain
 
 
 def notes_of(plan: Plan, zeroed: Sequence[str]) -> list[str]:
     """Notes of an export; `zeroed` are the layers that start as the identity."""
-    return [*_zero_init(zeroed), *_untrained(plan, zeroed), *_reconstructions(plan)]
+    return [*_zero_init(zeroed), *_untrained(plan, zeroed), *_reconstructions(plan), *_views_for_pairs(plan)]
 
 
 def _zero_init(zeroed: Sequence[str]) -> Iterator[str]:
@@ -39,6 +39,14 @@ def _reconstructions(plan: Plan) -> Iterator[str]:
         yield f"calibration {what}"
     if isinstance(plan.model.objective, SelfSupervised) and plan.model.objective.align:
         yield f"align {what}"
+
+
+def _views_for_pairs(plan: Plan) -> Iterator[str]:
+    if isinstance(plan.model.objective, Contrastive) and plan.device_modalities:
+        yield (
+            "devices with one modality have no pairs: they train it on two views of each example (SimCLR), which is our own "
+            "choice and no published method"
+        )
 
 
 def _listed(names: Sequence[str]) -> str:

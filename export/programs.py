@@ -19,6 +19,7 @@ from export.frozen import frozen_graph, segment_precision
 from export.joint import backward_graph, joint_graph, loss_graph
 from export.objectives import ContrastiveLoss
 from export.parity import check_parity
+from export.self_supervised import TwoViewLoss
 from export.sharing import Look, computes_the_same, look
 from export.stage_module import Terms, random_references
 from export.supported import unsupported
@@ -28,7 +29,8 @@ from export.trace_errors import explain
 from export.worker import LoweredProgram
 from lamina.errors import CutError, ExportError
 from lamina.manifest import EngineName, Precision, Program, ProgramReference, Role, gradient_input
-from lamina.model import Contrastive
+from lamina.model import Contrastive, ModelDescription
+from lamina.names import ANY_MODALITY, second_view
 from lamina.plan import Plan, Stage
 from lamina.segments import TensorSpec
 
@@ -115,7 +117,7 @@ class ProgramSet:
 
         The programs of a step in micro-batches (`needs_embeddings`), unless the cut module has its objective.
         """
-        example = self._example(cut.inputs)
+        example = self._example(cut.inputs, model=cut.description)
         shape = look(cut.module, cut.inputs, cut.references)
         for module, keys in self.stages_of.get(shape, ()):
             if computes_the_same(module, cut.module, (*random_references(cut.module), *example)):
@@ -135,7 +137,7 @@ class ProgramSet:
 
     def _add_whole_stage(self, stage: Stage, cut: StageCut, what: str, max_batch: int) -> tuple[Keys, Keys]:
         train, forward = self._add_training(self._label("train", stage) + what, cut, max_batch)
-        example = self._example(cut.inputs, max_batch)
+        example = self._example(cut.inputs, max_batch, cut.description)
         if cut.evaluation is not cut.module:
             forward = forward_graph(cut.evaluation, example, max_batch)
         label = self._label("eval", stage) + what
@@ -143,7 +145,7 @@ class ProgramSet:
 
     def _add_training(self, label: str, cut: StageCut, max_batch: int) -> tuple[Keys, ExportedProgram]:
         """Keys of the training program, and its forward graph."""
-        example, copies = self._example(cut.inputs, max_batch), random_references(cut.module)
+        example, copies = self._example(cut.inputs, max_batch, cut.description), random_references(cut.module)
         forward = forward_graph(cut.module, example, max_batch, copies)
         names = [spec.name for spec in cut.weights]
         joint = self._joint(forward, lambda: joint_graph(forward, cut.module, names, example, max_batch, copies))
@@ -163,15 +165,25 @@ class ProgramSet:
 
     def add_loss(self) -> Keys:
         """Keys of the contrastive loss of a whole batch. It takes 1..batch_size samples: no operation of it asks for more."""
-        objective, batch = self.plan.model.objective, self.plan.training.batch_size
+        objective = self.plan.model.objective
         assert isinstance(objective, Contrastive)
-        module = ContrastiveLoss(objective)
         inputs = tuple(embedding(self.plan.model, modality) for modality in self.plan.model.modalities)
         inputs += (LABELS,) if objective.classes is not None else ()
-        example = example_inputs(self.plan.model, inputs, example_batch(batch))
+        return self._add_loss("the loss program", ContrastiveLoss(objective), inputs)
+
+    def add_view_loss(self) -> Keys:
+        """Keys of the loss of the two views of a whole batch, for devices with one modality of a contrastive model."""
+        objective = self.plan.model.objective
+        assert isinstance(objective, Contrastive)
+        inputs = tuple(embedding(self.plan.model, name) for name in (ANY_MODALITY, second_view(ANY_MODALITY)))
+        return self._add_loss("the loss program of two views", TwoViewLoss(objective.temperature), inputs)
+
+    def _add_loss(self, label: str, module: nn.Module, inputs: tuple[TensorSpec, ...]) -> Keys:
+        batch = self.plan.training.batch_size
+        example = self._example(inputs, batch)
         forward = forward_graph(module, example, batch)
         graph = loss_graph(forward, example, batch)
-        return self._add("loss", "the loss program", graph, module, inputs, example, for_torch=forward, max_batch=batch)
+        return self._add("loss", label, graph, module, inputs, example, for_torch=forward, max_batch=batch)
 
     def add_frozen(self, name: str, module: nn.Module) -> Keys:
         """Keys of the program of one frozen segment."""
@@ -236,12 +248,8 @@ class ProgramSet:
 
     def _add_embedding_stage(self, stage: Stage, cut: StageCut, what: str) -> tuple[Keys, Keys]:
         """Keys of the stage's `backward` and `embed` programs."""
-        gradients = tuple(
-            embedding(self.plan.model, modality).model_copy(update={"name": gradient_input(modality)})
-            for modality in self.plan.model.modalities
-        )
-        inputs = cut.inputs + gradients
-        example = self._example(inputs)
+        inputs = cut.inputs + tuple(embedding(self.plan.model, gradient_input(spec.name)) for spec in cut.inputs)
+        example = self._example(inputs, model=cut.description)
         embed_example = example[: len(cut.inputs)]
         forward = forward_graph(cut.module, embed_example, self.micro_batch)
         names = [spec.name for spec in cut.weights]
@@ -303,8 +311,11 @@ class ProgramSet:
             self.joint_of[text] = make()
         return self.joint_of[text]
 
-    def _example(self, specs: tuple[TensorSpec, ...], max_batch: int | None = None) -> Arrays:
-        return example_inputs(self.plan.model, specs, example_batch(max_batch or self.micro_batch))
+    def _example(
+        self, specs: tuple[TensorSpec, ...], max_batch: int | None = None, model: ModelDescription | None = None
+    ) -> Arrays:
+        """Inputs of the plan's model, or of a device's own."""
+        return example_inputs(model or self.plan.model, specs, example_batch(max_batch or self.micro_batch))
 
     @staticmethod
     def _label(role: Role, stage: Stage) -> str:

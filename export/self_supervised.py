@@ -5,7 +5,7 @@ no gradient goes through k, because it is made of constants or detached by the c
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from export.objectives import l2_normalise
@@ -23,6 +23,17 @@ def simclr(temperature: float, a: Tensor, b: Tensor) -> Tensor:
     of_b = torch.cat([across.t(), b @ b.t() / temperature + itself], dim=1)
     target = _places(a)
     return 0.5 * (F.cross_entropy(of_a, target) + F.cross_entropy(of_b, target))
+
+
+class TwoViewLoss(nn.Module):
+    """SimCLR as a module without weights: the embeddings (batch, output) of both views -> (loss, correct)."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return simclr(self.temperature, a, b), found_first(a, b)
 
 
 def info_nce(temperature: float, q: Tensor, k: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The module that a stage trains, and its loss: the objective and the terms that the plan adds to it.
 
-    module(*tensors of each reference, *batch inputs) -> (loss, correct), or one embedding (batch, output) for each modality
+    module(*tensors of each reference, *batch inputs) -> (loss, correct), or one embedding (batch, output) for each modality,
+                                                         or each view
 
 A reference (`lamina.names.Reference`) is a copy of some of the module's own tensors from another time. The copy runs through
 the same layers, and no gradient goes through it. Which terms ask for which:
@@ -144,7 +145,7 @@ class StageModule(nn.Module):
                 copies.setdefault(kind, {}).setdefault(place, {})[key] = next(rest)
         inputs = list(rest)
         if isinstance(self.objective, SelfSupervised):
-            return self._two_views(self.objective, copies, *inputs)
+            return self._two_views(self.objective, copies, *inputs[:2])
         pooled = [self._pooled(route, pool, x) for route, pool, x in self._present(inputs)]
         embeddings = [self._run(route.projection, z, _OWN) for route, z in zip(self.routes, pooled, strict=True)]
         if self.until_embeddings:
@@ -197,6 +198,8 @@ class StageModule(nn.Module):
         # Copies come first, so that what they compute on the way is gone before the activations are there that gradients need.
         far = {kind: (embed(a, weights), embed(b, weights)) for kind, weights in copies.items()}
         z = embed(a), embed(b)
+        if self.until_embeddings:
+            return z
         if route.predictor is None:
             loss, correct = views.simclr(temperature, *z), views.found_first(*z)
         else:

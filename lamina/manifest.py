@@ -15,17 +15,20 @@ micro-batch. Where the plan asks for it, a stage's `train` is then a `backward` 
     embed     (weights..., batch inputs...) -> one embedding (batch, output) for each modality
     loss      (embeddings of the whole batch...) -> loss, correct, gradient of the loss for each embedding
     backward  (weights..., batch inputs..., gradients of the embeddings...) -> gradient for each weight
+
+With a contrastive objective, a device with one modality has the programs of two views (`ModelDescription.of_device`), in
+micro-batches with a loss of their own. Their inputs are `lamina.names.ANY_MODALITY` and its second view, whichever it is.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from lamina.model import Name
 from lamina.names import ENGINES, LABEL, EngineName, Precision, Reference, Role, gradient_input, second_view
 from lamina.plan import Plan
-from lamina.record import Record
+from lamina.record import GrowingRecord, Record
 from lamina.segments import Segment, TensorSpec, belongs, segment_names
 from lamina.tensors import hash_bytes
 
@@ -106,8 +109,8 @@ class StageCost(Record):
 
 
 class PartialStage(Record):
-    """The programs of a stage for devices that have these modalities only: the others count as zeros after their projection,
-    and their segments are neither trained nor exchanged."""
+    """The programs of a stage for devices that have these modalities only: the segments of the others are neither trained nor
+    exchanged. To a supervised objective they count as zeros after their projection; a contrastive one compares two views."""
 
     modalities: Annotated[tuple[Name, ...], Field(min_length=1)]
     train: dict[EngineName, Sha256]
@@ -139,8 +142,10 @@ class Rewrite(Record):
     note: str = ""
 
 
-class Manifest(Record):
+class Manifest(GrowingRecord):
     """Everything that a bundle holds. Each hash is the address of a blob in `blobs`, which gives its size in bytes."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("view_loss_programs",)
 
     format: Literal[1] = 1
     plan: Plan
@@ -150,6 +155,8 @@ class Manifest(Record):
     frozen_programs: dict[EngineName, dict[str, Sha256]]
     loss_programs: dict[EngineName, Sha256] = Field(default_factory=dict)
     """Only for contrastive micro-batches: the loss of a whole batch of embeddings, the same in every stage."""
+    view_loss_programs: dict[EngineName, Sha256] = Field(default_factory=dict)
+    """The same for devices with one modality: the loss of the embeddings of two views."""
     prefix_errors: dict[EngineName, dict[str, float]] = Field(default_factory=dict)
     """With an int8 prefix: |int8 - fp32| / |fp32| (Euclidean norms) of the features after each frozen segment, measured with
     the initial weights of the bundle."""
@@ -180,7 +187,7 @@ class Manifest(Record):
                 referred |= set(part.train.values()) | set(part.eval.values())
         for chain in self.frozen_programs.values():
             referred |= set(chain.values())
-        referred |= set(self.loss_programs.values())
+        referred |= set(self.loss_programs.values()) | set(self.view_loss_programs.values())
         lacking = referred - set(self.blobs)
         if lacking:
             raise ValueError(f"{len(lacking)} hashes are used but not listed in blobs, the first is {min(lacking)}")

@@ -5,6 +5,7 @@ one of the built-in family (`Encoder`), or a module of the user's own (`ModuleEn
 modules from this description, and nobody else needs to.
 """
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -221,6 +222,8 @@ class Contrastive(Record):
 
     With `classes`, the data has labels, and all pairs of one class are each other's positives: for pairings that are by class
     rather than by instance.
+
+    A device with one of the modalities trains it on two views of its own examples (`ModelDescription.of_device`).
     """
 
     kind: Literal["contrastive"] = "contrastive"
@@ -272,13 +275,8 @@ class ModelDescription(Record):
         objective = self.objective
         if objective.kind == "contrastive" and len(names) != 2:
             raise ValueError(f"the contrastive objective joins exactly two modalities, given {names}")
-        if objective.kind == "self_supervised":
-            if len(names) != 1:
-                raise ValueError(
-                    f"the self-supervised objective learns one modality at a time, given {names}: one plan for each"
-                )
-            if self.encoders[0].input.kind == "text_tokens":
-                raise ValueError("the self-supervised objective compares augmented views, and texts have none")
+        if objective.kind == "self_supervised" and len(names) != 1:
+            raise ValueError(f"the self-supervised objective learns one modality at a time, given {names}: one plan for each")
         if objective.kind == "supervised":
             strangers = sorted(set(objective.blend) - set(names))
             if strangers:
@@ -300,6 +298,18 @@ class ModelDescription(Record):
 
     def encoder(self, modality: str) -> Encoder | ModuleEncoder:
         return next(encoder for encoder in self.encoders if encoder.modality == modality)
+
+    def of_device(self, modalities: Collection[str]) -> "ModelDescription":
+        """The model as a device with these modalities trains it; none stand for all.
+
+        It is this model, but for a contrastive objective and one modality. There are no pairs then: the device trains the
+        modality on two augmented views of each example, as SimCLR does, at the same temperature and without labels.
+        """
+        if self.objective.kind != "contrastive" or len(modalities) != 1:
+            return self
+        (modality,) = modalities
+        views = SelfSupervised(method="simclr", temperature=self.objective.temperature)
+        return self.model_copy(update={"encoders": (self.encoder(modality),), "objective": views})
 
     def only(self, modality: str) -> "ModelDescription":
         """The same family with one modality alone: the baseline that fusion has to beat."""

@@ -22,6 +22,11 @@ def second_view(modality: str) -> str:
     return f"{modality}_second"
 
 
+ANY_MODALITY = "x"
+"""What the programs for a device with one modality call it where they do not depend on which one it is: equal programs of two
+modalities are one file. The device puts the modality's own name there."""
+
+
 def gradient_input(modality: str) -> str:
     """The input of a `backward` program that takes the gradient of the loss for a modality's embeddings, (batch, output)."""
     return f"{modality}_gradient"

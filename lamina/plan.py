@@ -224,9 +224,10 @@ class Calibration(Record):
 class Plan(Record):
     """Everything that is decided before the first round.
 
-    `device_modalities` are the sets of modalities that devices may have besides all of them. `zero_init` lets each layer
-    that is attached after the first stage begin as the identity (its residual branches start at zero), so that the model does
-    not change when a stage begins. `server_learning_rate` scales the mean of the updates before it is added.
+    `device_modalities` are the sets of modalities that devices may have besides all of them (what they train:
+    `ModelDescription.of_device`). `zero_init` lets each layer that is attached after the first stage begin as the identity
+    (its residual branches start at zero), so that the model does not change when a stage begins. `server_learning_rate` scales
+    the mean of the updates before it is added.
     """
 
     version: Literal[1] = 1
@@ -323,8 +324,6 @@ def _conflicts(plan: Plan) -> Iterator[str]:
         if training.depth_dropout:
             yield "calibration trains all layers together, depth_dropout leaves some out: choose one"
     for subset in plan.device_modalities:
-        if objective.kind == "contrastive":
-            yield "device_modalities: the contrastive objective pairs two modalities, so a device with one has nothing to pair"
         strangers = sorted(set(subset) - set(model.modalities))
         if strangers:
             yield f"device_modalities names {strangers[0]!r}; the model has {list(model.modalities)}"
@@ -333,7 +332,25 @@ def _conflicts(plan: Plan) -> Iterator[str]:
             yield f"device_modalities: {list(subset)} must be some of {list(model.modalities)}, in that order, and not all"
     if len(set(plan.device_modalities)) != len(plan.device_modalities):
         yield "device_modalities names a set twice"
+    if objective.kind == "contrastive" and plan.device_modalities:
+        yield from _view_conflicts(plan)
     if plan.zero_init and any(isinstance(encoder, ModuleEncoder) for encoder in model.encoders):
         yield "zero_init: the layers of a factory bring their own start; it is for the built-in family"
     if plan.zero_init and not has_prefix and plan.strategy == "end_to_end":
         yield "zero_init is for layers that are attached later, and strategy 'end_to_end' attaches all at once"
+
+
+def _view_conflicts(plan: Plan) -> Iterator[str]:
+    """What a contrastive plan lacks for devices with one modality, which have no pairs (`ModelDescription.of_device`)."""
+    views = plan.training.features.views
+    for modality in sorted({modality for subset in plan.device_modalities for modality in subset}):
+        if plan.training.augmentation.get(modality, Augmentation()) == Augmentation():
+            yield (
+                f"device_modalities: a device with {modality} alone has no pairs and compares two augmented views of an "
+                f"example, which would be equal: give training.augmentation.{modality} (texts: erase), or leave the set out"
+            )
+    if views < 2 or views % 2:
+        yield (
+            "device_modalities: a device with one modality has no pairs and compares two views of an example: "
+            f"training.features.views must be even, it is {views}"
+        )

@@ -229,6 +229,7 @@ class DeviceReport(GrowingRecord):
 class RoundStatus(GrowingRecord):
     """One round: what came in, and the accuracy of the aggregated model (None until evaluated, or without test data).
 
+    With a contrastive objective, accuracy and loss are of pairs: what devices with one modality found is in `notes` alone.
     `evaluated_encodings` are those, other than fp32, in which devices evaluated the weights. `notes` says which devices
     take larger transfers than the plan allows, and why.
     """

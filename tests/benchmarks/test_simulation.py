@@ -14,7 +14,7 @@ from benchmarks.simulation import Simulation, SimulationResult, simulate
 from export.bundle import export_bundle
 from lamina.errors import ConfigError
 from lamina.manifest import EngineName, Manifest
-from lamina.model import AudioFrames, Encoder, ImagePatches, ModelDescription, Projection, Supervised
+from lamina.model import AudioFrames, Contrastive, Encoder, ImagePatches, ModelDescription, Projection, Supervised
 from lamina.plan import SGD, AdamW, Augmentation, Calibration, Cohort, DepthDropout, FeatureStore, Plan, SelfTuning, Training
 from lamina.strategies import make_stages
 
@@ -142,11 +142,41 @@ def _stalling() -> Plan:
     )
 
 
-@pytest.mark.parametrize(("make", "devices", "share"), [(_drawn, 3, 0.67), (_stalling, 2, 1.0)])
+def _lacking() -> Plan:
+    """Pairs on one device, and views of one modality on each of the two others."""
+    one_layer = tuple(encoder.first(1) for encoder in MODEL.encoders)
+    model = MODEL.model_copy(update={"objective": Contrastive(temperature=0.2), "encoders": one_layer})
+    return Plan(
+        name="lacking",
+        model=model,
+        strategy="end_to_end",
+        stages=make_stages(model, "end_to_end", rounds=2, learning_rate=0.03),
+        training=Training(
+            batch_size=8,
+            local_epochs=2,
+            features=FeatureStore(views=2),
+            augmentation={"image": Augmentation(erase=0.3), "audio": Augmentation(noise=0.1, erase=0.3)},
+        ),
+        cohort=Cohort(size=3, min_updates=3, lease_seconds=60),
+        device_modalities=(("image",), ("audio",)),
+    )
+
+
+def _without(path: Path, modality: str, folder: Path) -> Path:
+    """The same data without a modality."""
+    with np.load(path) as data:
+        kept = {name: value for name, value in data.items() if not name.endswith(f"_{modality}")}
+    np.savez(folder / f"without-{modality}.npz", **kept)
+    return folder / f"without-{modality}.npz"
+
+
+@pytest.mark.parametrize(("make", "devices", "share"), [(_drawn, 3, 0.67), (_stalling, 2, 1.0), (_lacking, 3, 1.0)])
 def test_real_processes_give_the_same_final_weights_losses_and_accuracies(
     make: Callable[[], Plan], devices: int, share: float, files: list[Path], tmp_path: Path
 ) -> None:
     plan, folder, data = make(), tmp_path / "real", files[:devices]
+    if plan.device_modalities:
+        data = [data[0], _without(data[1], "audio", tmp_path), _without(data[2], "image", tmp_path)]
     engines: list[EngineName] = ["onnxruntime"] * devices
     manifest, real = federated_run(plan, data, engines, folder, ["--resident"], timeout_seconds=300)
     simulated = run((manifest, folder / "bundle"), data, tmp_path / "simulated", share=share)
@@ -161,8 +191,10 @@ def test_real_processes_give_the_same_final_weights_losses_and_accuracies(
             assert mine.test_loss == pytest.approx(theirs.test_loss, rel=1e-12)
         else:
             assert (mine.test_examples > 0) == (theirs.test_examples > 0)
-        seen = sum(report.num_examples for report in reports.values())
-        assert mine.train_loss == pytest.approx(sum(r.loss * r.num_examples for r in reports.values()) / seen, rel=1e-12)
+        # Where some devices have no pairs, the loss is that of the others.
+        counted = [each.report for each in theirs.updates if not (plan.device_modalities and each.modalities)]
+        seen = sum(report.num_examples for report in counted)
+        assert mine.train_loss == pytest.approx(sum(r.loss * r.num_examples for r in counted) / seen, rel=1e-12)
     for name in simulated.devices:
         reports = [update.report for row in real.rounds for update in row.updates if update.device == name]
         down, up = simulated.bytes_of(name)
@@ -295,13 +327,12 @@ def test_a_device_without_a_modality_trains_the_rest_and_calibration_needs_data_
         device_modalities=(("audio",),),
         calibration=Calibration(data="server", learning_rate=0.01),
     )
-    with np.load(files[0]) as data:
-        np.savez(tmp_path / "deaf.npz", **{name: value for name, value in data.items() if not name.endswith("_image")})
+    blind = _without(files[0], "image", tmp_path)
     bundle = export_bundle(plan, tmp_path / "bundle", ("onnxruntime",)), tmp_path / "bundle"
     with pytest.raises(ConfigError, match="give calibration_file"):
         Simulation(*bundle, files[:1], tmp_path / "refused", "onnxruntime")
 
-    both = [tmp_path / "deaf.npz", files[1]]
+    both = [blind, files[1]]
     result = Simulation(*bundle, both, tmp_path / "run", "onnxruntime", calibration_file=files[2]).run()
     assert result.test_accuracy is not None
     first, second = (result.rounds[0].bytes_up[name] for name in result.devices)

@@ -29,7 +29,7 @@ from lamina.bundle import sign_bundle
 from lamina.compression import Compression, compress
 from lamina.keys import own_key
 from lamina.manifest import Manifest, PartialStage, Program, ProgramReference, StageCost, StagePrograms
-from lamina.model import Encoder, ModelDescription, Projection, SensorWindows, Supervised
+from lamina.model import Encoder, ModelDescription, Objective, Projection, SensorWindows, Supervised
 from lamina.plan import Cohort, Plan, Training
 from lamina.segments import Segment, TensorSpec, segment_names
 from lamina.strategies import make_stages
@@ -68,6 +68,9 @@ class Bundle:
         return folder
 
 
+CLASSES = Supervised(classes=3)
+
+
 def make_bundle(
     rounds: list[int] | None = None,
     layers: int = 2,
@@ -81,6 +84,7 @@ def make_bundle(
     seed: int = 0,
     training: dict[str, Any] | None = None,
     has_teacher: bool = False,
+    objective: Objective = CLASSES,
     **settings: Any,
 ) -> Bundle:
     """A bundle of width 8 whose weights are random and whose programs are any bytes: the coordinator never looks inside.
@@ -93,7 +97,7 @@ def make_bundle(
         name="tiny",
         encoders=tuple(Encoder(modality=name, input=window, width=WIDTH, heads=2, layers=layers) for name in modalities),
         projection=Projection(hidden=WIDTH, output=4),
-        objective=Supervised(classes=3),
+        objective=objective,
     )
     plan = Plan(
         name="tiny_plan",

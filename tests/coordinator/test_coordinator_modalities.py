@@ -17,9 +17,10 @@ from coordinator_harness import (
 )
 
 from coordinator.modalities import from_text, largest_set, to_text
-from lamina.plan import Cohort
+from lamina.model import Contrastive
+from lamina.plan import Augmentation, Cohort, FeatureStore
 from lamina.tensors import encode, hash_bytes
-from lamina.wire import Refused
+from lamina.wire import Refused, Wait
 
 MODALITIES = ("audio", "image", "motion")
 SETS = (("audio",), ("image",), ("audio", "image"), ("image", "motion"))
@@ -177,6 +178,89 @@ def test_a_bundle_without_the_programs_that_its_plan_needs_is_refused(coordinato
         coordinator.http.put(f"/v1/blobs/{hash_bytes(data)}", content=data, headers=coordinator.admin)
     answer = coordinator.post_manifest(bundle.manifest.model_copy(update={"stages": stages}).to_json())
     assert "has ['image', 'motion'], and the bundle has no programs of stage 0" in problem_of(answer, 422, "bundle")
+
+
+PAIR = ("audio", "image")
+VIEWS = {"augmentation": {name: Augmentation(noise=0.1) for name in PAIR}, "features": FeatureStore(views=2)}
+
+
+def pair_bundle(**settings) -> Bundle:
+    """A contrastive model, and devices with one of its modalities."""
+    sets = (("audio",), ("image",))
+    return make_bundle(modalities=PAIR, device_modalities=sets, objective=Contrastive(), training=VIEWS, **settings)
+
+
+def pair_devices(coordinator: InProcess) -> dict[str, Device]:
+    """One with pairs, and one with each of the modalities."""
+    sets = {"pairs": PAIR, "ear": ("audio",), "eye": ("image",)}
+    devices = {name: coordinator.join(name, modalities=has, test_examples=4) for name, has in sets.items()}
+    for device in devices.values():
+        device.check_in()
+    return devices
+
+
+def test_the_mean_of_a_contrastive_segment_is_over_pairs_and_views_by_their_examples(
+    coordinator: InProcess, tmp_path: Path
+) -> None:
+    bundle = pair_bundle(rounds=[1, 0], cohort=Cohort(size=3))
+    coordinator.publish(bundle)
+    examples = {"pairs": 10, "ear": 30, "eye": 5}
+    for name, device in pair_devices(coordinator).items():
+        device.send(device.work(), report=REPORT.model_copy(update={"num_examples": examples[name]}))
+    new = coordinator.status().weights
+    modalities = {"pairs": (), "ear": ("audio",), "eye": ("image",)}
+    sent = {name: difference_of(name, bundle.manifest.exchange_specs(0, modalities[name]), 0, 0) for name in examples}
+    for name in bundle.manifest.plan.stages[0].active:
+        specs = bundle.manifest.segment(name).tensors
+        start = tensors_of(bundle.blobs[bundle.manifest.initial_weights[name]], specs, tmp_path)
+        found = tensors_of(coordinator.blob(new[name]), specs, tmp_path)
+        having = ["pairs", "ear" if name.startswith("audio") else "eye"]
+        for spec in specs:
+            total = sum(sent[d][f"{name}/{spec.name}"].astype(np.float64) * examples[d] for d in having)
+            mean = total / sum(examples[d] for d in having)
+            np.testing.assert_allclose(found[spec.name], start[spec.name] + mean, rtol=1e-6)
+
+
+def test_what_devices_without_pairs_find_is_told_apart_and_counts_in_no_mean(coordinator: InProcess) -> None:
+    coordinator.publish(pair_bundle(rounds=[1, 0], cohort=Cohort(size=3)))
+    devices = pair_devices(coordinator)
+    for device in devices.values():
+        device.send(device.work())
+    for name, (correct, loss) in {"pairs": (1, 2.0), "ear": (3, 8.0), "eye": (4, 9.0)}.items():
+        devices[name].evaluate(devices[name].work(), correct=correct, loss=loss)
+    row = coordinator.status().rounds[0]
+    assert (row.test_examples, row.test_correct, row.test_loss) == (4, 1, 2.0)
+    assert row.notes == (
+        "accuracy with all modalities: 0.2500 of 4 examples",
+        "other view found first with audio alone (not part of the accuracy): 0.7500 of 4 examples",
+        "other view found first with image alone (not part of the accuracy): 1.0000 of 4 examples",
+    )
+
+
+@pytest.mark.parametrize("measure", ["train_loss", "test_loss"])
+def test_only_losses_of_pairs_end_a_stage(coordinator: InProcess, measure: str) -> None:
+    """The devices with one modality tell a loss that falls by half in every round, and those with pairs one that stays."""
+    tuning = {"measure": measure, "patience": 2}
+    coordinator.publish(pair_bundle(rounds=[9, 0], cohort=Cohort(size=3), self_tuning=tuning))
+    devices = pair_devices(coordinator)
+    rounds = 0
+    while not isinstance(devices["pairs"].check_in(), Wait):
+        for name, device in devices.items():
+            loss = 1.0 if name == "pairs" else 0.5**rounds
+            device.send(device.work(), report=REPORT.model_copy(update={"loss": loss}))
+        for name, device in devices.items():
+            device.evaluate(device.work(), loss=1.0 if name == "pairs" else 0.5**rounds)
+        rounds += 1
+        for device in list(devices.values())[1:]:
+            device.check_in()
+    assert (rounds, coordinator.status().state) == (3, "finished")
+
+
+def test_rounds_without_any_pairs_end_no_stage(coordinator: InProcess) -> None:
+    coordinator.publish(pair_bundle(rounds=[4, 0], cohort=Cohort(size=1), self_tuning={"patience": 1}))
+    work_until_finished(coordinator, [coordinator.join("ear", modalities=("audio",))])
+    rounds = coordinator.status().rounds
+    assert len(rounds) == 4 and {(row.test_examples, row.test_loss) for row in rounds} == {(0, None)}
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5, 2.0])

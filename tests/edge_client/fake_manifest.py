@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from lamina.manifest import Manifest, PartialStage, Program, ProgramReference, StageCost, StagePrograms
+from lamina.model import Contrastive
+from lamina.names import ANY_MODALITY, second_view
 from lamina.plan import Plan
 from lamina.segments import Segment, TensorSpec, segment_names
 from lamina.tensors import hash_bytes
@@ -26,7 +28,10 @@ def blob(name):
 
 
 def fake_manifest(plan: Plan, references=(), calibrate_batch=4) -> Manifest:
-    """Each segment has one tensor `w` of 2 values. `references` are those of all train programs."""
+    """Each segment has one tensor `w` of 2 values. `references` are those of all train programs.
+
+    The programs of a device with one modality of a contrastive model have the inputs of the real ones.
+    """
     programs: dict[str, Program] = {}
     segments = [
         Segment(
@@ -35,27 +40,30 @@ def fake_manifest(plan: Plan, references=(), calibrate_batch=4) -> Manifest:
         for name in segment_names(plan.model)
     ]
 
-    def program(name, role, count, given=(), max_batch=8):
+    def program(name, role, count, given=(), max_batch=8, inputs=()):
         programs[blob(name)] = Program(
             engine=ENGINE,
             role=role,
             blob=blob(name),
             weights=((2,),) * count,
-            inputs=(),
+            inputs=inputs,
             max_batch=max_batch,
             references=tuple(ProgramReference(kind=kind, tensors=tensors) for kind, tensors in given),
             activation_bytes=0,
         )
         return {ENGINE: blob(name)}
 
+    is_pair = isinstance(plan.model.objective, Contrastive)
+    views = tuple(TensorSpec(name=name, shape=(2,)) for name in (ANY_MODALITY, second_view(ANY_MODALITY)) if is_pair)
+    in_three = is_pair and plan.training.samples_in_memory < plan.training.batch_size
     stages = []
     for stage in plan.stages:
         active, attached = len(stage.active), len({*stage.active, *stage.frozen})
         parts = [
             PartialStage(
                 modalities=subset,
-                train=program(f"train {stage.index} {subset}", "train", active),
-                eval=program(f"eval {stage.index} {subset}", "eval", active),
+                train=program(f"train {stage.index} {subset}", "train", active, inputs=views),
+                eval=program(f"eval {stage.index} {subset}", "eval", active, inputs=views),
                 planned_bytes={ENGINE: 0},
             )
             for subset in plan.device_modalities
@@ -81,6 +89,8 @@ def fake_manifest(plan: Plan, references=(), calibrate_batch=4) -> Manifest:
         initial_weights=weights,
         programs=programs,
         frozen_programs={ENGINE: frozen},
+        loss_programs=program("loss", "loss", 0) if in_three else {},
+        view_loss_programs=program("view loss", "loss", 0, inputs=views) if in_three and plan.device_modalities else {},
         stages=tuple(stages),
         blobs=dict.fromkeys([*programs, *weights.values()], 1),
         versions={},

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.data import LocalData
+from edge_client.data import LocalData, limits_of
 from edge_client.engines import load_engine
 from edge_client.heartbeat import Lease
 from edge_client.job import Job
@@ -16,7 +16,16 @@ from edge_client.prepare import prepare_job
 from edge_client.trainer import features
 from lamina.depth import drawn_prefix
 from lamina.errors import DataError, EngineError, ProtocolError
-from lamina.model import Contrastive, Encoder, ModelDescription, Projection, SelfSupervised, SensorWindows, Supervised
+from lamina.model import (
+    Contrastive,
+    Encoder,
+    ModelDescription,
+    Projection,
+    SelfSupervised,
+    SensorWindows,
+    Supervised,
+    TextTokens,
+)
 from lamina.plan import Augmentation, Calibration, DepthDropout, FeatureStore, Plan, Training
 from lamina.strategies import make_stages
 from lamina.wire import Assignment, CheckIn
@@ -213,6 +222,54 @@ def test_data_is_checked_for_the_modalities_that_take_part(bench):
         data.check(plan.model)
     with pytest.raises(DataError, match="no array train_label"):
         bench.data(("motion",)).check(plan.model, ("motion",))
+
+
+LACKING = {
+    "objective": Contrastive(temperature=0.3, classes=4),
+    "modalities": TWO,
+    "device_modalities": (("motion",),),
+    "training": SSL["training"].model_copy(update={"batch_size": 16, "micro_batch": 4}),
+}
+
+
+def test_a_device_without_pairs_trains_and_evaluates_two_views_without_labels(bench):
+    plan, data = make_plan(**LACKING), bench.data(("motion",))
+    data.check(plan.model, ("motion",))
+    train = bench.job(plan, stage=1, data=data, modalities=("motion",))
+    assert (train.objective, train.label, train.limits) == ("self_supervised", None, {})
+    assert [segment.name for segment in train.active] == ["motion.layers.1", "motion.norm", "motion.projection"]
+    assert [(each.modality, len(each.keys)) for each in train.features] == [("motion", 4)]
+    test = bench.job(plan, "evaluate", stage=1, data=data, modalities=("motion",))
+    assert (test.objective, len(test.features[0].keys)) == ("self_supervised", 2)
+    assert test.features[0].augmentation == train.features[0].augmentation is not None
+
+
+def test_a_device_with_pairs_trains_them_as_it_does_where_all_have_both(bench):
+    plan, data = make_plan(**LACKING), bench.data(("motion", "sound", "label"))
+    train, test = bench.job(plan, stage=1, data=data), bench.job(plan, "evaluate", stage=1, data=data)
+    assert (train.objective, train.label is not None, train.limits["label"]) == ("contrastive", True, 4)
+    assert {each.modality: len(each.keys) for each in train.features} == {"motion": 4, "sound": 1}
+    assert {each.modality: len(each.keys) for each in test.features} == {"motion": 1, "sound": 1}
+    assert {role: each.blob for role, each in train.programs.items()} == {
+        "embed": blob("eval 1"), "loss": blob("loss"), "backward": blob("train 1"),
+    }  # fmt: skip
+
+
+def test_programs_for_any_modality_take_the_name_of_the_device_s_own(bench):
+    views = ["motion", "motion_second"]
+    for training, loss in ((LACKING["training"], "view loss"), (SSL["training"], None)):
+        plan = make_plan(**(LACKING | {"training": training}))
+        job = bench.job(plan, modalities=("motion",), data=bench.data(("motion",)))
+        names = {role: [spec.name for spec in program.inputs] for role, program in job.programs.items()}
+        assert names == dict.fromkeys(["embed", "loss", "backward"] if loss else ["train"], views)
+        assert loss is None or job.programs["loss"].blob == blob(loss)
+
+
+def test_token_ids_of_a_second_view_have_the_bound_of_the_first():
+    plan = make_plan(**LACKING)
+    text = Encoder(modality="words", input=TextTokens(vocabulary=9, length=4), width=4, heads=1, layers=1)
+    model = plan.model.model_copy(update={"encoders": (plan.model.encoders[0], text)})
+    assert limits_of(model.of_device(("words",))) == {"words": 9, "words_second": 9}
 
 
 def test_self_supervised_data_needs_no_label_and_test_rows_are_augmented_too(bench):

@@ -15,6 +15,7 @@ from lamina.model import (
     Projection,
     SelfSupervised,
     Supervised,
+    TextTokens,
 )
 from lamina.model import Image as ImageInput
 from lamina.plan import Augmentation, Calibration, Cohort, DepthDropout, FeatureStore, Plan, Training
@@ -45,6 +46,15 @@ def model(objective: Supervised | Contrastive | SelfSupervised, *modalities: str
 
 BOTH = model(Supervised(classes=3), "image", "depth")
 VIEWS = model(SelfSupervised(method="byol"), "image")
+PAIR = model(Contrastive(temperature=0.3), "image", "depth")
+TEXTS = PAIR.model_copy(
+    update={
+        "encoders": (
+            encoder("image"),
+            Encoder(modality="text", input=TextTokens(vocabulary=9, length=4), width=8, heads=2, layers=LAYERS),
+        )
+    }
+)
 AUGMENTED = {"augmentation": {"image": Augmentation(noise=0.1)}, "features": FeatureStore(views=2)}
 
 
@@ -59,6 +69,13 @@ LEGAL = {
     "self-supervised": lambda: plan(VIEWS, training=Training(**AUGMENTED)),
     "calibrated": lambda: plan(
         VIEWS, "progressive", training=Training(**AUGMENTED), calibration=Calibration(data="ours", learning_rate=0.1)
+    ),
+    "pairs, and devices with one modality": lambda: plan(
+        PAIR, device_modalities=(("image",),), training=Training(micro_batch=4, **AUGMENTED)
+    ),
+    "two views of texts": lambda: plan(
+        model(SelfSupervised(), "image").model_copy(update={"encoders": TEXTS.encoders[1:]}),
+        training=Training(augmentation={"text": Augmentation(erase=0.3)}, features=FeatureStore(views=2)),
     ),
     "depth dropout": lambda: plan(
         BOTH, training=Training(depth_dropout=DepthDropout(budget=2), features=FeatureStore(keep="none"))
@@ -110,9 +127,31 @@ def test_every_plan_file_was_read_but_one() -> None:
         ),
         (lambda: plan(VIEWS, training=Training(micro_batch=4, **AUGMENTED)), "self-supervised programs take the whole batch"),
         (
-            lambda: plan(model(Contrastive(), "image", "depth"), device_modalities=(("image",),)),
-            "a device with one has nothing to pair",
+            lambda: plan(PAIR, device_modalities=(("depth",),), training=Training(**AUGMENTED)),
+            "a device with depth alone has no pairs and compares two augmented views .* give training.augmentation.depth",
         ),
+        (
+            lambda: plan(
+                PAIR,
+                device_modalities=(("image",),),
+                training=Training(augmentation={"image": Augmentation()}, features=FeatureStore(views=2)),
+            ),
+            "views of an example, which would be equal",
+        ),
+        (
+            lambda: plan(
+                PAIR, device_modalities=(("image",),), training=Training(**(AUGMENTED | {"features": FeatureStore(views=3)}))
+            ),
+            "no pairs and compares two views of an example: training.features.views must be even, it is 3",
+        ),
+        (
+            lambda: plan(
+                PAIR, device_modalities=(("image",),), training=Training(**(AUGMENTED | {"features": FeatureStore()}))
+            ),
+            "must be even, it is 1",
+        ),
+        (lambda: plan(TEXTS, training=Training(augmentation={"text": Augmentation(noise=0.1)})), "texts take erase alone"),
+        (lambda: plan(TEXTS, training=Training(augmentation={"text": Augmentation(flip=True, erase=0.1)})), "texts take erase"),
         (lambda: plan(BOTH, device_modalities=(("depth", "image"),)), "must be some of"),
         (lambda: plan(BOTH, device_modalities=(("sound",),)), "names 'sound'"),
         (lambda: plan(BOTH, "end_to_end", zero_init=True), "attaches all at once"),
@@ -130,6 +169,23 @@ def test_every_plan_file_was_read_but_one() -> None:
 def test_what_cannot_be_combined_is_refused_with_the_reason(make, reason: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValidationError, match=reason):
         make()
+
+
+def test_a_device_with_one_modality_of_a_contrastive_model_trains_two_views_of_it_at_the_same_temperature() -> None:
+    alone = PAIR.of_device(("depth",))
+    assert ModelDescription.from_json(alone.to_json()) == alone
+    assert (alone.modalities, alone.labels) == (("depth",), None)
+    assert alone.objective == SelfSupervised(method="simclr", temperature=0.3)
+    for whole in (PAIR.of_device(()), PAIR.of_device(("image", "depth"))):
+        assert whole is PAIR
+    assert BOTH.of_device(("image",)) is BOTH
+
+
+def test_an_augmentation_without_erase_is_the_same_text_as_before_there_was_one() -> None:
+    assert "erase" not in Augmentation(shift=2).model_dump_json()
+    assert Augmentation.from_json(Augmentation(erase=0.5).to_json()).erase == 0.5
+    with pytest.raises(ValidationError, match="less than 1"):
+        Augmentation(erase=1.0)
 
 
 def test_zero_init_is_refused_for_layers_that_bring_their_own_start() -> None:
