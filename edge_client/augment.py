@@ -33,13 +33,33 @@ class AugmentedRows:
 def _changed(row: Array, augmentation: Augmentation, random: "np.random.Generator") -> Array:
     if augmentation.flip and random.random() < 0.5:
         row = row[..., ::-1]
+    if augmentation.crop < 1:
+        row = _cropped(row, augmentation, random)
     for axis in augmentation.axes if augmentation.shift else ():
         steps = int(random.integers(-augmentation.shift, augmentation.shift + 1))
         row = _shifted(row, steps, axis)
+    if augmentation.gain:
+        factor, offset = augmentation.gain * random.uniform(-1, 1, 2)
+        row = row * np.float32(1 + factor) + np.float32(offset / 2)
     if augmentation.noise:
         row = row + np.float32(augmentation.noise) * random.standard_normal(row.shape, np.float32)
     # Last, so that it draws nothing before the changes that plans without it have.
     return _erased(row, augmentation, random) if augmentation.erase else row
+
+
+def _cropped(row: Array, augmentation: Augmentation, random: "np.random.Generator") -> Array:
+    """A piece of at least the share `crop`, at a random place, stretched to the whole size by linear interpolation."""
+    side = random.uniform(augmentation.crop, 1) ** (1 / len(augmentation.axes))
+    for axis in augmentation.axes:
+        size = row.shape[axis]
+        first = random.uniform(0, size * (1 - side))
+        places = np.clip(first + side * (np.arange(size) + 0.5) - 0.5, 0, size - 1)  # of the new values' centres
+        below = np.minimum(places.astype(np.intp), size - 2)
+        shape = [1] * row.ndim
+        shape[axis] = size
+        weight = (places - below).astype(np.float32).reshape(shape)
+        row = row.take(below, axis) * (1 - weight) + row.take(below + 1, axis) * weight
+    return row
 
 
 def _erased(row: Array, augmentation: Augmentation, random: "np.random.Generator") -> Array:

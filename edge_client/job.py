@@ -88,7 +88,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of the rows (`lamina.plan.Augmentation`); `axes` are those of one row that may be shifted or erased."""
+    """Random changes of the rows (`lamina.plan.Augmentation`); `axes` are those of one row that may be shifted, cropped or
+    erased."""
 
     axes: tuple[int, ...]
     shift: int
@@ -96,6 +97,8 @@ class Augmentation:
     flip: bool
     seed: int
     erase: float = 0.0
+    crop: float = 1.0
+    gain: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ class FeatureWork:
         of_time = {"audio_frames": (0,), "sensor_windows": (-1,), "text_tokens": (0,), "values": (-1,)}
         axes = of_time.get(encoder.input.kind, (-2, -1))
         seed = int(hash_bytes(f"{plan.seed}/{encoder.modality}".encode())[:15], 16)
-        return Augmentation(axes, found.shift, found.noise, found.flip, seed, found.erase)
+        return Augmentation(axes, found.shift, found.noise, found.flip, seed, found.erase, found.crop, found.gain)
 
     def _frozen_program(self, name: str) -> str:
         try:

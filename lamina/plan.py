@@ -88,14 +88,20 @@ class Augmentation(GrowingRecord):
     fills with zeros, `noise` is the standard deviation of added Gaussian noise, `flip` mirrors half of the images. `erase` is
     the largest share of the example that one block of random size and place covers with zeros: a rectangle of an image, a span
     of time of audio frames and sensor windows, a span of tokens of a text, where 0 is the padding. Texts take `erase` alone.
+
+    `crop` is the smallest share of the example (of an image's area, of the others' time) that is kept and stretched to the
+    whole size; 1 keeps all. `gain` multiplies the example by up to 1 +- gain and adds up to +- gain / 2: the contrast and the
+    brightness of an image, the strength of a signal.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("erase",)
+    LATER: ClassVar[tuple[str, ...]] = ("erase", "crop", "gain")
 
     shift: Annotated[int, Field(ge=0)] = 0
     noise: Annotated[float, Field(ge=0)] = 0.0
     flip: bool = False
     erase: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    gain: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class DepthDropout(Record):
