@@ -34,7 +34,7 @@ def test_a_crop_of_a_ramp_is_a_ramp_over_at_least_its_share(crop: float, size: i
     for row in changed(ramp, (-1,), crop=crop):
         assert row.shape == (3, size) and row.dtype == np.float32
         steps = np.diff(row, axis=-1)
-        assert 0 <= row.min() and row.max() <= size - 1
+        assert row.min() >= 0 and row.max() <= size - 1
         # The step is the share that was kept; at the borders, where nothing lies beyond, it may be less.
         if size > 4:
             assert crop - 1e-3 <= steps.max() <= 1 + 1e-3
@@ -47,7 +47,7 @@ def test_crops_of_an_image_keep_its_ratio_and_differ_between_examples() -> None:
     steps = [(float(np.diff(y, axis=0).max()), float(np.diff(x, axis=1).max())) for y, x in cropped]
     assert all(down == pytest.approx(across, abs=1e-3) for down, across in steps)
     sides = [down for down, _ in steps]
-    assert 0.3**0.5 - 1e-3 <= min(sides) and max(sides) <= 1 and max(sides) - min(sides) > 0.2
+    assert min(sides) >= 0.3**0.5 - 1e-3 and max(sides) <= 1 and max(sides) - min(sides) > 0.2
 
 
 @given(gain=st.floats(0.05, 0.9))
