@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from export.decompositions import LEAN
+from export.lean_compilers import lean_torch
 from export.trace import Arrays, trace_function
 from lamina.errors import CutError
 
@@ -88,7 +89,7 @@ def _trace_step(step: Step, symbolic: Sequence[Tensor], weights: Arrays, example
     """`symbolic` are the values of the forward graph, which have one symbol, the batch. From plain example tensors, torch
     would take any other axis that happens to have the example's batch size for the batch."""
     arguments = (tuple(symbolic[: len(weights)]), tuple(symbolic[len(weights) :]))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), lean_torch():
         warnings.simplefilter("ignore")
         graph = make_fx(step, decomposition_table=LEAN, tracing_mode="symbolic")(*arguments)
     _drop_detaches(graph)

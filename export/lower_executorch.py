@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from export.convolutions import convolution
+from export.lean_compilers import lean_torch, lean_xnnpack
 from export.order import make_weights_late, takes_int8
 
 FORMAT = 2  # raise it when this file changes what it writes: cached programs of the old number are then not used
@@ -31,7 +32,7 @@ def lower_executorch(program: ExportedProgram) -> Lowered:
     from executorch.exir.passes import MemoryPlanningPass
 
     max_batch = _max_batch(program)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), lean_torch(), lean_xnnpack():
         warnings.simplefilter("ignore")
         if max_batch is not None and max_batch < _LEAST_MAX:
             _set_max_batch(program, _LEAST_MAX)

@@ -7,7 +7,9 @@ import torch
 from onnx import ModelProto
 from torch.export import ExportedProgram
 
-FORMAT = 1  # raise it when this file changes what it writes: cached programs of the old number are then not used
+from export.lean_compilers import lean_onnx, lean_torch
+
+FORMAT = 2  # raise it when this file changes what it writes: cached programs of the old number are then not used
 OPSET = 20
 IR_VERSION = 10  # ONNX Runtime 1.19 reads no newer one
 
@@ -18,7 +20,7 @@ def lower_onnx(program: ExportedProgram) -> bytes:
     `optimize=True` merges equal initializers, which is wrong for weights that will be trained apart; here it is safe,
     because weights are inputs.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), lean_torch(), lean_onnx():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
             program, (), dynamo=True, optimize=True, opset_version=OPSET, verbose=False, external_data=False

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 from torch.utils._sympy.value_ranges import ValueRanges
 
+from export.lean_compilers import lean_torch
 from export.rewrites import plain_operations
 from lamina.errors import CutError
 
@@ -57,7 +58,7 @@ def trace_function(
     """
     batch = traced_batch(max_batch)
     shapes = (tuple(None for _ in weights), tuple({0: batch} for _ in example)) if max_batch > 1 else None
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), lean_torch():
         warnings.simplefilter("ignore")  # about torch's own internals
         with plain_operations():
             program = torch.export.export(_Function(function), (weights, example), dynamic_shapes=shapes)
