@@ -4,6 +4,7 @@ What signs or trusts in a test, also in a child process, never touches the user'
 what one test lowered is there for the others.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -18,6 +19,8 @@ _made: list[str] = []
 
 def pytest_configure(config: pytest.Config) -> None:
     """One folder for all processes of a run, because they share bundles: workers of pytest-xdist get it by inheritance."""
+    # pytest listens to each logger that hands nothing on, and for a listener torch writes down every graph that it traces.
+    logging.getLogger("torch.__trace").addHandler = lambda _: None  # type: ignore[method-assign]
     if not hasattr(config, "workerinput"):
         _made.append(tempfile.mkdtemp(prefix="lamina-test-keys-"))
         os.environ[VARIABLE] = _made[-1]
