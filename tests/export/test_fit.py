@@ -104,9 +104,13 @@ def test_features_take_the_first_encoding_that_fits_the_disk_and_at_worst_a_part
 
 
 def test_a_contrastive_step_in_micro_batches_is_predicted_from_its_three_programs():
+    """So is that of a device with one modality, which may take more: it has two views of the larger encoder in memory."""
     plan = make_plan(PAIR, "end_to_end")  # one stage of one layer each
-    (first,) = stage_needs(plan, 2)
-    assert set(first.graphs) == {"embed", "loss", "backward"}
+    pair, image = stage_needs(plan.model_copy(update={"device_modalities": (("image",),)}), 2)
+    for needs in (pair, image):
+        assert set(needs.graphs) == {"embed", "loss", "backward"} and needs.stage.index == 0
+        assert needs.embedding_bytes == pair.embedding_bytes
+    assert 0 < image.parameters < pair.parameters
     assert set(stage_needs(plan)[0].graphs) == {"train"}
 
 
