@@ -25,6 +25,7 @@ from torch.export import ExportedProgram
 
 from export.cut import example_inputs, find_pools, find_segments, raw_input
 from export.fusions import classify
+from export.lean_compilers import lean_onnx, lean_torch, lean_xnnpack
 from export.lower_onnx import OPSET, serialize
 from export.models import build_model
 from export.objectives import l2_normalise
@@ -186,7 +187,7 @@ def _load(model: nn.Module, description: ModelDescription, weights: Mapping[str,
 
 
 def _to_onnx(network: _Network, example: tuple[Tensor, ...], description: ModelDescription) -> bytes:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), lean_torch(), lean_onnx():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
             _trace(network, example, _MANY),
@@ -206,7 +207,7 @@ def _to_executorch(network: _Network, example: tuple[Tensor, ...], max_batch: in
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), lean_torch(), lean_xnnpack():
         warnings.simplefilter("ignore")
         program = _trace(network, example, max_batch)
         return bytes(to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).to_executorch().buffer)

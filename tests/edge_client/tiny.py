@@ -263,6 +263,8 @@ def export_program(engine: str, role: str, segments: list[str]) -> bytes:
     from torch.export.experimental import _export_forward_backward
     from torch.fx.experimental import _config as symbolic_shapes
 
+    from export.lean_compilers import lean_onnx, lean_torch, lean_xnnpack
+
     specs = [spec for name in segments for spec in make_segment(name).tensors]
     values = [torch.randn(spec.shape) for spec in specs]
     kinds = [kind_of(name) for name in segments]
@@ -292,7 +294,7 @@ def export_program(engine: str, role: str, segments: list[str]) -> bytes:
         name = "inputs" if isinstance(module, Owner) else "arrays"
         return torch.export.export(module, tuple(arrays), dynamic_shapes={name: shapes[name]})
 
-    with warnings.catch_warnings(), symbolic_shapes.patch(backed_size_oblivious=True):
+    with warnings.catch_warnings(), symbolic_shapes.patch(backed_size_oblivious=True), lean_torch():
         warnings.simplefilter("ignore")
         if role == "train" and engine != "torch":
             function = _export_forward_backward(export(Owner(), inputs, 0)).graph_module
@@ -308,17 +310,19 @@ def export_program(engine: str, role: str, segments: list[str]) -> bytes:
             torch.export.save(program, buffer)
             return buffer.getvalue()
         if engine == "onnxruntime":
-            exported = torch.onnx.export(program, (), dynamo=True, opset_version=20, verbose=False)
+            with lean_onnx():
+                exported = torch.onnx.export(program, (), dynamo=True, opset_version=20, verbose=False)
             exported.model_proto.ir_version = 10
             return exported.model_proto.SerializeToString()
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
         from executorch.exir.passes import MemoryPlanningPass
 
-        edge = to_edge_transform_and_lower(
-            program,
-            partitioner=[XnnpackPartitioner(force_non_static_weights_for_f32_linear=True)],
-            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-        )
         config = ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False))
-        return bytes(edge.to_executorch(config).buffer)
+        with lean_xnnpack():
+            edge = to_edge_transform_and_lower(
+                program,
+                partitioner=[XnnpackPartitioner(force_non_static_weights_for_f32_linear=True)],
+                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+            )
+            return bytes(edge.to_executorch(config).buffer)
