@@ -11,10 +11,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from lamina.keys import VARIABLE
 
 _made: list[str] = []
+
+# An example that takes long is no fault: machines are shared, and the tests have bounds of their own.
+settings.register_profile("lamina", deadline=None)
+settings.load_profile("lamina")
 
 
 def pytest_configure(config: pytest.Config) -> None:

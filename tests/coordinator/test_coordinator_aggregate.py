@@ -41,7 +41,7 @@ updates = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(drawn=updates, data=st.data())
 def test_the_mean_is_that_of_float64_and_its_bytes_do_not_depend_on_the_order(tmp_path_factory, drawn, data) -> None:
     folder = tmp_path_factory.mktemp("updates")
@@ -143,7 +143,7 @@ def test_order_of_arrival_and_restarts_do_not_change_the_bytes_of_a_run(make_coo
     assert outcomes[0] == outcomes[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(drawn=updates, rate=st.sampled_from([1.0, 0.5, 3.0]), data=st.data())
 def test_a_tensor_s_mean_is_over_the_updates_that_have_it(tmp_path_factory, drawn, rate, data) -> None:
     """Each update has some of the tensors; what none has is the very start, also where that is minus zero."""

@@ -151,4 +151,4 @@ def _report(name: str) -> TrainReport:
 
 TestRun = Run.TestCase
 # Long runs find more than many: a run has to get through rounds and stages before most rules mean anything.
-TestRun.settings = settings(max_examples=12, stateful_step_count=30, deadline=None)
+TestRun.settings = settings(max_examples=12, stateful_step_count=30)

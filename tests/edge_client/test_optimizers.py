@@ -48,7 +48,7 @@ def test_twenty_steps_are_those_of_torch(settings, count):
     np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     settings=st.one_of(
         st.builds(SGD, momentum=st.floats(0, 0.99), weight_decay=st.floats(0, 0.5)),

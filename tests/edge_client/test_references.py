@@ -23,7 +23,7 @@ def chosen(vector, tensors):
 places = st.sets(st.integers(0, len(SHAPES) - 1), min_size=1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(tensors=places, momentum=st.floats(0, 0.999), seed=st.integers(0, 2**31), steps=st.integers(1, 4))
 def test_a_momentum_copy_follows_as_the_formula_says(tensors, momentum, seed, steps):
     random = np.random.default_rng(seed)
@@ -110,7 +110,7 @@ def test_a_teacher_that_lacks_a_tensor_is_refused(tmp_path):
         start(tmp_path, [("teacher", [0, 2])], teacher=files)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(weight=st.floats(1e-3, 10), seed=st.integers(0, 2**31))
 def test_the_proximal_term_adds_its_weight_times_the_way_from_the_start(tmp_path_factory, weight, seed):
     model, _ = start(tmp_path_factory.mktemp("model"), keep_start=True)

@@ -30,7 +30,7 @@ def do_round(folder, made, references=(), say=print):
     return model.parameters, engine, result
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     chosen=st.sampled_from(SETTINGS),
     factors=st.lists(st.floats(0.01, 10), min_size=3, max_size=3),

@@ -32,7 +32,7 @@ def geometries(draw):
     return tuple([draw(st.integers(low, high)) for _ in range(axes)] for low, high in ((4, 9), (1, 4), (1, 3), (0, 3), (1, 2)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(geometries(), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.booleans())
 def test_convolution_and_its_gradients_are_those_of_torch(geometry, groups, per_group, out_per_group, has_bias):
     sizes, kernel, stride, padding, dilation = geometry
@@ -55,7 +55,7 @@ def test_convolution_and_its_gradients_are_those_of_torch(geometry, groups, per_
         torch.testing.assert_close(left, right, **CLOSE)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(geometries(), st.integers(1, 2), st.integers(1, 2))
 def test_transposed_convolution_and_its_gradients_are_those_of_torch(geometry, groups, per_group):
     sizes, kernel, stride, _, dilation = geometry
@@ -192,7 +192,7 @@ def test_a_pool_that_gives_another_width_in_the_middle_is_refused_with_the_way_o
         cut_stage(segments, found.plan.model, found.plan.stages[0], pools=find_pools(found.model, found.plan.model))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(-2, 2), min_size=2, max_size=4).filter(lambda widths: len(widths) % 2 == 0 and min(widths) < 0))
 def test_a_pad_by_negative_widths_is_made_of_slices(widths):
     x = torch.randn(2, 5, 6)

@@ -52,7 +52,7 @@ SHAPES = st.lists(st.integers(1, 12), max_size=3).map(tuple)
 
 
 @given(st.dictionaries(NAMES, SHAPES, max_size=6), st.sampled_from(ENCODINGS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_size_of_a_file_is_known_without_making_it(shapes, encoding):
     specs = [TensorSpec(name=name, shape=shape) for name, shape in shapes.items()]
     data = encode({name: np.zeros(shape, np.float32) for name, shape in shapes.items()}, encoding)
@@ -122,7 +122,7 @@ def test_encodings_save_on_both_sides_and_are_told_against_fp32():
 
 
 @given(st.integers(2, 12), st.integers(2, 12))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_depth_dropout_leaves_the_budget_in_use_on_average(layers, budget):
     segments = {f"x.layers.{i}": nn.Linear(4, 4, device="meta") for i in range(layers)}
     names = list(segments)

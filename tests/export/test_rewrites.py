@@ -42,7 +42,7 @@ def kinds(found):
     return {each.kind: each.count for each in found}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     mask=st.sampled_from(["none", "bool", "float", "causal"]),
     scale=st.sampled_from([None, 0.3]),

@@ -38,7 +38,7 @@ from tests.lamina.trees import (
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(2, 40), st.floats(0.1, 0.6), st.integers(0, 5), st.booleans())
 def test_what_was_packed_is_read_back_equal_and_in_order(tmp_path_factory, count, share, seed, is_compressed):
     folder, generator = tmp_path_factory.mktemp("p"), np.random.default_rng(seed)
