@@ -54,7 +54,8 @@ def plan_hash(cell: Cell) -> str:
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Raises DataError if the data cannot be had, and what exporting and training raise."""
     started = time.monotonic()
-    loaded, plan = DATA_SETS[cell.data].load(cell.seed), plan_of(cell)
+    plan = plan_of(cell)
+    loaded = DATA_SETS[cell.data].load(cell.seed)
     row = cell.as_row() | {"plan": plan_hash(cell)}
     if plan is None:
         accuracy, penalty = linear_accuracy(loaded, cell.seed)

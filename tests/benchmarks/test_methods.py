@@ -399,6 +399,14 @@ def test_a_row_of_another_plan_is_run_again(few: list[str], tmp_path: Path, monk
     assert len(few) == 2 and len(kept(tmp_path)) == 1
 
 
+def test_a_worker_of_another_process_gives_the_row_or_the_error() -> None:
+    """A worker finds its function by name, and not in the module that was started as a program."""
+    cell = Cell("seglearn", "unknown", POOLED, 0)
+    ((same, answer),) = command.results([cell], workers=2, seconds=60)
+    assert same == cell and isinstance(answer, str) and "known methods are end_to_end" in answer
+    assert command.row_or_error.__module__ == "benchmarks.methods.run"
+
+
 def test_no_cell_is_started_when_the_time_is_up(few: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["--seeds", "0", "--minutes", "0"])
     assert few == []
