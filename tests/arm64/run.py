@@ -15,7 +15,7 @@ import time
 
 from tests.arm64.tools import ROOT, NotPossibleError, prepare
 
-LIMIT_SECONDS = 9 * 60
+LIMIT_SECONDS = 15 * 60
 PASSED, FAILED, NOT_RUN = 0, 1, 3
 TESTS = (
     "tests/arm64",
