@@ -1,4 +1,4 @@
-"""The compilers of torch, ExecuTorch and ONNX without work that changes no program: half of their time and more.
+"""The compilers of torch, ExecuTorch and ONNX without work that changes no program.
 
 `lean_torch` is for all that traces or decomposes a graph, `lean_xnnpack` for lowering to ExecuTorch, `lean_onnx` for ONNX.
 Each puts other functions in the place of private ones for the length of a block. Their versions are pinned; where a name is
