@@ -10,18 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import results_file
-from benchmarks.methods import __main__ as command
 from benchmarks.methods import run as runner
 from benchmarks.methods.bounds import linear_accuracy
 from benchmarks.methods.cells import CENTRALISED, LINEAR, POOLED, UNTRAINED, Cell, Setting, all_cells, chosen, usual_setting
 from benchmarks.methods.data_sets import DATA_SETS, DataSet, Loaded, amplitudes, client_rows, deal, deal_server
 from benchmarks.methods.gradients import GradientProbe, gradient_table, summarise_gradients
 from benchmarks.methods.plans import METHODS, OPTIONS, PARTIAL, REAL, SELF_SUPERVISED, strategy_plan
-from benchmarks.methods.plot import draw
 from benchmarks.methods.retrieval import both_ways, recall
 from benchmarks.methods.run import deal_cell, plan_hash, plan_of, run_cell
-from benchmarks.methods.summary import COSTS, bars, markdown_of, summarise, table_of
 from benchmarks.methods.trained import load_weights
 from export.models import build_model
 from lamina.errors import ConfigError, DataError
@@ -332,133 +328,6 @@ def test_of_a_contrastive_model_the_score_is_recall_and_training_raises_it(tiny_
 def test_the_probe_of_an_untrained_model_sees_the_labels_and_the_run_does_not(tiny_data: None) -> None:
     row = run_cell(Cell("fashion_tiny", UNTRAINED, POOLED, 0))
     assert row["score_is"] == "linear probe accuracy" and row["score"] > 0.5  # three classes far apart: chance is 0.33
-
-
-# The command
-
-
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Three cells of each seed that are not really run; gives the names of those that were asked for."""
-    asked: list[str] = []
-
-    def fake(cell: Cell) -> dict[str, object]:
-        asked.append(cell.key)
-        if cell.data == "emoji":
-            raise DataError("emojibase-data could not be fetched")
-        return row_of(cell)
-
-    def cells(seeds: list[int]) -> list[Cell]:
-        some = [("seglearn", "end_to_end"), ("seglearn", "layerwise"), ("emoji", "layerwise")]
-        return [Cell(data, method, Setting("natural"), seed) for seed in seeds for data, method in some]
-
-    monkeypatch.setattr(runner, "run_cell", fake)
-    monkeypatch.setattr(command, "all_cells", cells)
-    monkeypatch.setattr(results_file, "RESULTS", tmp_path)
-    return asked
-
-
-def row_of(cell: Cell, score: float | None = None, course: tuple[int, ...] = (0, 0, 1)) -> dict[str, object]:
-    score = (0.5 if cell.method == "end_to_end" else 0.6) + cell.seed / 100 if score is None else score
-    size = 200.0 if cell.method == "end_to_end" else 50.0
-    return {
-        **cell.as_row(),
-        "plan": plan_hash(cell),
-        "score": score,
-        "score_is": "test accuracy",
-        "seconds": 1.0,
-        **dict.fromkeys(COSTS, size),
-        "stage_by_round": list(course),
-        "accuracy_by_round": [0.3, None, score],
-    }
-
-
-def kept(tmp_path: Path) -> list[str]:
-    return [row["key"] for row in json.loads((tmp_path / "methods.json").read_text())["rows"]]
-
-
-def test_done_cells_are_kept_and_only_what_is_left_is_run(few: list[str], tmp_path: Path) -> None:
-    command.main(["--seeds", "0", "--only", "seglearn layerwise"])
-    assert len(few) == len(kept(tmp_path)) == 1
-    command.main(["--seeds", "0,1"])
-    assert len(few) == 6 and len(set(few)) == 6
-    assert len(kept(tmp_path)) == 4  # those of emoji ended in an error, which is told, and are left for the next time
-    command.main(["--seeds", "0,1"])
-    assert len(few) == 8 and all(key.startswith("emoji") for key in few[6:])
-    command.main(["--seeds", "0", "--only", "seglearn", "--fresh"])
-    assert len(few) == 10 and len(kept(tmp_path)) == 4
-    content = json.loads((tmp_path / "methods.json").read_text())
-    assert content["command"] == "make bench-methods" and len(content["summary"]) == 2
-    assert (tmp_path / "methods.png").stat().st_size > 1000
-
-
-def test_a_row_of_another_plan_is_run_again(few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command.main(["--seeds", "0", "--only", "seglearn layerwise"])
-    monkeypatch.setitem(METHODS, "layerwise", lambda *given: strategy_plan(*given, "layerwise", 2))
-    command.main(["--seeds", "0", "--only", "seglearn layerwise"])
-    assert len(few) == 2 and len(kept(tmp_path)) == 1
-
-
-def test_a_worker_of_another_process_gives_the_row_or_the_error() -> None:
-    """A worker finds its function by name, and not in the module that was started as a program."""
-    cell = Cell("seglearn", "unknown", POOLED, 0)
-    ((same, answer),) = command.results([cell], workers=2, seconds=60)
-    assert same == cell and isinstance(answer, str) and "known methods are end_to_end" in answer
-    assert command.row_or_error.__module__ == "benchmarks.methods.run"
-
-
-def test_no_cell_is_started_when_the_time_is_up(few: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    command.main(["--seeds", "0", "--minutes", "0"])
-    assert few == []
-    command.main(["--seeds", "0", "--list"])
-    assert "0 of 3 cells are done" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="--list shows all names"):
-        command.main(["--only", "nothing like this"])
-
-
-def test_the_summary_pairs_seeds_and_compares_costs() -> None:
-    cells = [Cell("seglearn", method, Setting("natural"), seed) for method in ("end_to_end", "layerwise") for seed in (0, 1)]
-    scores = dict(zip((cell.key for cell in cells), (0.80, 0.90, 0.82, 0.91), strict=True))
-    linear = {**Cell("seglearn", LINEAR, POOLED, 0).as_row(), "score": 0.5, "score_is": "test accuracy", "plan": LINEAR}
-    baseline, layerwise, bound = summarise([*(row_of(cell, scores[cell.key]) for cell in cells), linear])
-    assert baseline["points_to_end_to_end"] == 0.0 and baseline["planned_bytes_times_less"] == 1.0
-    assert layerwise["points_to_end_to_end"] == pytest.approx(1.5)
-    assert layerwise["points_range"] == pytest.approx([1.0, 2.0])
-    assert layerwise["score_sd"] == pytest.approx(0.0636, abs=1e-4)
-    assert layerwise["bytes_moved_times_less"] == 4.0
-    assert bound["points_to_end_to_end"] is None and bound["bytes_moved_times_less"] is None and bound["score_sd"] is None
-    assert table_of([baseline, layerwise, bound]).row_count == 3
-    lines = markdown_of([baseline, layerwise, bound]).splitlines()
-    assert len(lines) == 5 and "| layerwise | 2 | 0.8650 |" in lines[3] and {line.count("|") for line in lines} == {13}
-
-
-def test_bars_are_means_over_data_sets_and_name_the_best_layerwise_method() -> None:
-    def entry(data: str, method: str, points: float | None, setting: str = "natural") -> dict[str, object]:
-        return {"data": data, "setting": setting, "method": method, "points_to_end_to_end": points}
-
-    entries = [
-        entry("seglearn", "layerwise", -1.0),
-        entry("seglearn", "layerwise_2", 2.0),
-        entry("seglearn", "linear", None),
-        entry("emoji", "layerwise", 0.5),
-        entry("emoji", "progressive", 3.0),
-        entry("emoji", "layerwise", 90.0, setting="beta=5, 4 clients"),
-    ]
-    found = bars(entries)
-    assert found["layerwise"]["mean_points"] == pytest.approx(-0.25)
-    assert found["progressive"]["by_data"] == {"emoji": {"method": "progressive", "points": 3.0}}
-    assert found["best_layerwise"]["by_data"]["seglearn"] == {"method": "layerwise_2", "points": 2.0}
-    assert bars([])["layerwise"]["mean_points"] is None
-
-
-def test_a_plot_is_drawn_also_of_runs_of_unequal_length_and_of_nothing(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    cell, other = (Cell("seglearn", "layerwise", Setting("natural"), seed) for seed in (0, 1))
-    short = row_of(other) | {"accuracy_by_round": [0.4, 0.5], "stage_by_round": [0, 0]}
-    for number, rows in enumerate(([row_of(cell), short], [])):
-        path = tmp_path / f"{number}.png"
-        draw(rows, path)
-        assert path.stat().st_size > 500
 
 
 def test_a_cell_that_cannot_have_its_data_tells_so(tiny_data: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,9 +122,7 @@ def difference(given: Sequence[np.ndarray], expected: Sequence[Tensor]) -> float
     return max(float(np.abs(a - b.detach().numpy()).max()) for a, b in pairs)
 
 
-def bundle_of(plan: Plan, engine, shared_folder: Path, program_cache: Path) -> tuple[Path, Manifest]:
-    if engine.name not in LOWERED[plan.name]:
-        pytest.skip(f"{plan.name} is not lowered for {engine.name}: it would only take time")
+def bundle_of(plan: Plan, shared_folder: Path, program_cache: Path) -> tuple[Path, Manifest]:
     return shared_bundle(plan, LOWERED[plan.name], shared_folder, program_cache)
 
 
@@ -132,8 +130,9 @@ def program_of(manifest: Manifest, digest: str, role: str) -> Program:
     return manifest.programs[digest].model_copy(update={"role": role})
 
 
+@pytest.mark.parametrize("engine", LOWERED[WHOLE.name], indirect=True)
 def test_a_program_of_one_modality_has_the_loss_and_gradients_of_two_views(engine, shared_folder, program_cache):
-    folder, manifest = bundle_of(WHOLE, engine, shared_folder, program_cache)
+    folder, manifest = bundle_of(WHOLE, shared_folder, program_cache)
     assert [part.modalities for programs in manifest.stages for part in programs.partial] == [*SETS, *SETS]
     for stage, programs in zip(manifest.plan.stages, manifest.stages, strict=True):
         for part in programs.partial:
@@ -155,15 +154,17 @@ def test_a_program_of_one_modality_has_the_loss_and_gradients_of_two_views(engin
                 loaded.close()
 
 
+@pytest.mark.parametrize("engine", LOWERED[WHOLE.name], indirect=True)
 def test_equal_layers_of_two_modalities_are_one_program(engine, shared_folder, program_cache):
-    _, manifest = bundle_of(WHOLE, engine, shared_folder, program_cache)
+    _, manifest = bundle_of(WHOLE, shared_folder, program_cache)
     first, second = ([part.train[engine.name] for part in programs.partial] for programs in manifest.stages)
     assert first[0] != first[1]  # an image and a text do not enter alike
     assert second[0] == second[1]
 
 
+@pytest.mark.parametrize("engine", LOWERED[MICRO.name], indirect=True)
 def test_two_views_in_micro_batches_have_the_gradient_of_the_batch_and_need_no_label(engine, shared_folder, program_cache):
-    folder, manifest = bundle_of(MICRO, engine, shared_folder, program_cache)
+    folder, manifest = bundle_of(MICRO, shared_folder, program_cache)
     batch, micro = MICRO.training.batch_size, MICRO.training.samples_in_memory
     (stage,), (programs,) = manifest.plan.stages, manifest.stages
     for part in programs.partial:
@@ -194,6 +195,6 @@ def test_two_views_in_micro_batches_have_the_gradient_of_the_batch_and_need_no_l
 
 
 def test_the_manifest_says_that_it_is_our_own_choice(shared_folder, program_cache):
-    _, manifest = shared_bundle(WHOLE, LOWERED[WHOLE.name], shared_folder, program_cache)
+    _, manifest = bundle_of(WHOLE, shared_folder, program_cache)
     assert any("two views of each example (SimCLR), which is our own choice" in note for note in manifest.notes)
     assert manifest.view_loss_programs == {}

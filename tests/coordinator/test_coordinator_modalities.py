@@ -1,5 +1,6 @@
 """Devices that have only some of the modalities: what they get, what they may send, and what the mean makes of it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from lamina.tensors import encode, hash_bytes
 from lamina.wire import Refused, Wait
 
 MODALITIES = ("audio", "image", "motion")
+EXAMPLES = {"all": 10, "pairs": 10, "ear": 30, "eye": 5}
 SETS = (("audio",), ("image",), ("audio", "image"), ("image", "motion"))
 
 
@@ -101,25 +103,41 @@ def test_a_device_gets_only_the_segments_of_its_modalities(coordinator: InProces
     )
 
 
+Sent = dict[str, dict[str, np.ndarray]]
+"""By device, what it sent for each tensor."""
+
+
+def train_once(
+    coordinator: InProcess, devices: Mapping[str, Device], bundle: Bundle, modalities: Mapping[str, tuple[str, ...]]
+) -> Sent:
+    """Every device trains the first round, on a number of examples of its own."""
+    for name, device in devices.items():
+        device.send(device.work(), report=REPORT.model_copy(update={"num_examples": EXAMPLES[name]}))
+    return {name: difference_of(name, bundle.manifest.exchange_specs(0, has), 0, 0) for name, has in modalities.items()}
+
+
+def assert_mean_of(
+    having: Sequence[str], coordinator: InProcess, bundle: Bundle, segment: str, sent: Sent, scratch: Path
+) -> None:
+    """The segment has moved by the mean of what these devices sent, weighted by their examples."""
+    specs = bundle.manifest.segment(segment).tensors
+    start = tensors_of(bundle.blobs[bundle.manifest.initial_weights[segment]], specs, scratch)
+    found = tensors_of(coordinator.blob(coordinator.status().weights[segment]), specs, scratch)
+    for spec in specs:
+        total = sum(sent[device][f"{segment}/{spec.name}"].astype(np.float64) * EXAMPLES[device] for device in having)
+        mean = total / sum(EXAMPLES[device] for device in having)
+        np.testing.assert_allclose(found[spec.name], start[spec.name] + mean, rtol=1e-6)
+
+
 def test_a_tensor_s_mean_is_over_those_that_have_it_by_their_examples(coordinator: InProcess, tmp_path: Path) -> None:
     bundle = partial_bundle(rounds=[1, 0], cohort=Cohort(size=3))
     coordinator.publish(bundle)
-    examples = {"all": 10, "ear": 30, "eye": 5}
-    for name, device in three_devices(coordinator).items():
-        device.send(device.work(), report=REPORT.model_copy(update={"num_examples": examples[name]}))
-    new = coordinator.status().weights
     modalities = {"all": (), "ear": ("audio",), "eye": ("image", "motion")}
-    sent = {name: difference_of(name, bundle.manifest.exchange_specs(0, modalities[name]), 0, 0) for name in examples}
+    sent = train_once(coordinator, three_devices(coordinator), bundle, modalities)
     for name in bundle.manifest.plan.stages[0].active:
-        specs = bundle.manifest.segment(name).tensors
-        start = tensors_of(bundle.blobs[bundle.manifest.initial_weights[name]], specs, tmp_path)
-        found = tensors_of(coordinator.blob(new[name]), specs, tmp_path)
-        for spec in specs:
-            key = f"{name}/{spec.name}"
-            having = [device for device in examples if key in sent[device]]
-            assert len(having) == (3 if name == "head" else 2)
-            mean = sum(sent[d][key].astype(np.float64) * examples[d] for d in having) / sum(examples[d] for d in having)
-            np.testing.assert_allclose(found[spec.name], start[spec.name] + mean, rtol=1e-6)
+        having = [device for device in modalities if any(key.startswith(f"{name}/") for key in sent[device])]
+        assert len(having) == (3 if name == "head" else 2)
+        assert_mean_of(having, coordinator, bundle, name, sent, tmp_path)
 
 
 def test_a_segment_that_nobody_trained_keeps_its_blob(coordinator: InProcess) -> None:
@@ -204,21 +222,10 @@ def test_the_mean_of_a_contrastive_segment_is_over_pairs_and_views_by_their_exam
 ) -> None:
     bundle = pair_bundle(rounds=[1, 0], cohort=Cohort(size=3))
     coordinator.publish(bundle)
-    examples = {"pairs": 10, "ear": 30, "eye": 5}
-    for name, device in pair_devices(coordinator).items():
-        device.send(device.work(), report=REPORT.model_copy(update={"num_examples": examples[name]}))
-    new = coordinator.status().weights
-    modalities = {"pairs": (), "ear": ("audio",), "eye": ("image",)}
-    sent = {name: difference_of(name, bundle.manifest.exchange_specs(0, modalities[name]), 0, 0) for name in examples}
+    sent = train_once(coordinator, pair_devices(coordinator), bundle, {"pairs": (), "ear": ("audio",), "eye": ("image",)})
     for name in bundle.manifest.plan.stages[0].active:
-        specs = bundle.manifest.segment(name).tensors
-        start = tensors_of(bundle.blobs[bundle.manifest.initial_weights[name]], specs, tmp_path)
-        found = tensors_of(coordinator.blob(new[name]), specs, tmp_path)
         having = ["pairs", "ear" if name.startswith("audio") else "eye"]
-        for spec in specs:
-            total = sum(sent[d][f"{name}/{spec.name}"].astype(np.float64) * examples[d] for d in having)
-            mean = total / sum(examples[d] for d in having)
-            np.testing.assert_allclose(found[spec.name], start[spec.name] + mean, rtol=1e-6)
+        assert_mean_of(having, coordinator, bundle, name, sent, tmp_path)
 
 
 def test_what_devices_without_pairs_find_is_told_apart_and_counts_in_no_mean(coordinator: InProcess) -> None:
