@@ -1,7 +1,8 @@
 """What is run: cells of (data set, method, setting, seed), in the order in which time is best spent.
 
     main            labelled data: every method in the data set's usual setting, with the bounds
-    self-supervised Fashion-MNIST without its labels, and a linear probe; 4 clients, and 32 of which 8 train in a round
+    self-supervised Fashion-MNIST without its labels, and a linear probe; 4 clients, and 32 of which 8 train in a round,
+                    in 18 rounds and in 90
     pairs           Emoji-4Style, image and text, contrastive; a drawing style is a client
     real            AV-Digits MEDIUM, layer-wise, through real processes: the same scores as in simulation
     participation   AV-Digits MEDIUM, 16 clients of which 25, 50 and 100 % train in a round
@@ -24,7 +25,7 @@ from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, PARTIAL, REAL, 
 CENTRALISED, LINEAR, UNTRAINED = "centralised", "linear", "untrained"
 """Bounds: the baseline's plan on one client that has all data; a linear model on raw values; and, for self-supervised methods,
 a linear probe on the features of a model that was never trained."""
-ROUNDS, DEEP_ROUNDS = 18, 20
+ROUNDS, DEEP_ROUNDS, LONG_ROUNDS = 18, 20, 90
 SKEWS, SHARES = ("beta=0.1", "beta=5"), (0.25, 0.5, 1.0)
 SUPERVISED = ("av_digits_medium", "av_digits_hard", "seglearn")
 
@@ -66,10 +67,15 @@ class Cell:
         """What stands for the cell on the command line and in the results."""
         return f"{self.data}/{self.method}/{self.setting}/{self.rounds} rounds/seed {self.seed}"
 
+    @property
+    def compared_within(self) -> str:
+        """The setting, and the rounds where there are more: rows are compared with those that have the same."""
+        return f"{self.setting}, {self.rounds} rounds" if self.rounds == LONG_ROUNDS else str(self.setting)
+
     def as_row(self) -> dict[str, Any]:
         settings = {name: value for name, value in asdict(self.setting).items() if value or name == "clients"}
         return {"key": self.key, "data": self.data, "method": self.method, **settings} | {
-            "setting": str(self.setting),
+            "setting": self.compared_within,
             "rounds": self.rounds,
             "seed": self.seed,
         }
@@ -101,6 +107,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("fashion", method, USUAL, seed)
     for method in ("fedssl", "lw_fedssl", "prog_fedssl"):
         yield Cell("fashion", method, MANY, seed)
+        yield Cell("fashion", method, MANY, seed, LONG_ROUNDS)
     for bound in (LINEAR, UNTRAINED):
         yield Cell("fashion", bound, POOLED, seed)
     for method in METHODS:

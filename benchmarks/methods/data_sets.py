@@ -109,8 +109,8 @@ def load_clothes(seed: int) -> Loaded:
 
 
 def load_emoji_pairs(seed: int) -> Loaded:
-    """A style is a client; captions of the test subgroups may have words that the vocabulary lacks."""
-    train, test = emoji_images.split_by_subgroup(emoji_images.load_emoji_images(), seed)
+    """A style is a client; captions of the test may have words that the vocabulary lacks."""
+    train, test = emoji_images.split_by_family(emoji_images.load_emoji_images(), seed)
     vocabulary = emoji_images.make_vocabulary(train.captions)
     parts = (
         {"image": part.image, "text": emoji_images.tokenise(part.captions, vocabulary, TEXT_TOKENS)} for part in (train, test)

@@ -207,9 +207,9 @@ def test_the_real_fashion_data_is_balanced_and_scaled() -> None:
 # Emoji-4Style
 
 ENTRIES = [
-    {"label": "red heart", "tags": ["love", "heart"], "hexcode": "2764-FE0F", "group": 8, "subgroup": 90},
-    {"label": "cat face", "tags": ["animal"], "hexcode": "1F431", "group": 3, "subgroup": 30},
-    {"label": "light skin tone", "hexcode": "1F3FB", "group": 2, "subgroup": 20},
+    {"label": "red heart", "tags": ["love", "heart"], "hexcode": "2764-FE0F", "group": 8},
+    {"label": "cat face", "tags": ["animal"], "hexcode": "1F431", "group": 3},
+    {"label": "light skin tone", "hexcode": "1F3FB", "group": 2},
     {"label": "regional indicator A", "hexcode": "1F1E6"},
 ]
 
@@ -217,7 +217,7 @@ ENTRIES = [
 def test_concepts_are_entries_of_a_group_without_components() -> None:
     heart, cat = emoji_images.read_concepts(ENTRIES)
     assert (heart.code, heart.caption) == ("2764", "red heart love heart")
-    assert (cat.code, cat.group, cat.subgroup) == ("1f431", 3, 30)
+    assert (cat.code, cat.group) == ("1f431", 3)
 
 
 def test_icons_are_found_by_code_points_and_mirrors_are_left_out() -> None:
@@ -236,31 +236,31 @@ def test_a_picture_that_is_not_square_stands_on_white() -> None:
     assert (pixels[:, :8] == 255).all() and (pixels[:, 8:24] == 0).all() and (pixels[:, 24:] == 255).all()
 
 
-def make_pairs(subgroups: int = 12, concepts: int = 5) -> emoji_images.Pairs:
+def make_pairs(families: int = 12, concepts: int = 5) -> emoji_images.Pairs:
     """Two styles of each concept."""
-    concept = np.repeat(np.arange(subgroups * concepts), 2)
+    concept = np.repeat(np.arange(families * concepts), 2)
     return emoji_images.Pairs(
         np.zeros((len(concept), 3, 32, 32), np.float32),
         tuple(f"concept {each}" for each in concept),
-        np.tile([0, 1], subgroups * concepts),
+        np.tile([0, 1], families * concepts),
         concept,
         concept // concepts,
     )
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_subgroup_is_on_both_sides_of_a_split(seed: int) -> None:
+def test_no_family_is_on_both_sides_of_a_split(seed: int) -> None:
     pairs = make_pairs()
-    train, test = emoji_images.split_by_subgroup(pairs, seed, 0.25)
-    assert not set(train.subgroup) & set(test.subgroup) and not set(train.concept) & set(test.concept)
+    train, test = emoji_images.split_by_family(pairs, seed, 0.25)
+    assert not set(train.family) & set(test.family) and not set(train.concept) & set(test.concept)
     assert len(train.style) + len(test.style) == len(pairs.style)
     assert 0.2 <= len(test.style) / len(pairs.style) <= 0.3
-    np.testing.assert_array_equal(test.concept, emoji_images.split_by_subgroup(pairs, seed, 0.25)[1].concept)
+    np.testing.assert_array_equal(test.concept, emoji_images.split_by_family(pairs, seed, 0.25)[1].concept)
 
 
 def test_a_split_that_leaves_a_side_empty_is_refused() -> None:
     with pytest.raises(ConfigError, match="empty"):
-        emoji_images.split_by_subgroup(make_pairs(), 0, 1.0)
+        emoji_images.split_by_family(make_pairs(), 0, 1.0)
 
 
 def test_words_get_ids_by_how_many_training_captions_have_them() -> None:
@@ -287,7 +287,7 @@ def test_any_caption_has_ids_that_the_vocabulary_bounds(known: list[str], others
 def test_the_rendered_emoji_are_those_that_the_docstring_counts() -> None:
     pairs = emoji_images.load_emoji_images(with_flags=True)
     assert np.bincount(pairs.style).tolist() == [1652, 1914, 1594, 1914]
-    assert len(np.unique(pairs.concept)) == 1914 and len(np.unique(pairs.subgroup)) == 98
+    assert len(np.unique(pairs.concept)) == 1914 and len(np.unique(pairs.family)) == 1758
     assert pairs.image.shape == (7074, 3, 32, 32) and 0 <= pairs.image.min() < pairs.image.max() <= 1
     assert (pairs.image.std(axis=(1, 2, 3)) > 0.005).all()  # nothing is drawn empty; a white square is nearly so
     without = emoji_images.load_emoji_images()
