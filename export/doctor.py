@@ -201,7 +201,7 @@ def _joint(part: _Part, plan: Plan, size: int) -> tuple[ExportedProgram | None, 
     names = ["its input" if key == "scale" else key.removeprefix("part.") for key, _ in stage.named_parameters()]
     try:
         forward = forward_graph(stage, example, size)
-        return joint_graph(forward, stage, names, example, size), None
+        return joint_graph(forward, names), None
     except Exception as error:  # as above
         return None, explain(error)
 

@@ -7,6 +7,7 @@ before it leaves (`export.parity`), and `tests/export/test_lean_compilers.py` co
 as they are.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter, Signature
@@ -22,7 +23,10 @@ from torch.fx import GraphModule, Node
 
 @contextmanager
 def lean_torch() -> Iterator[None]:
-    """Traces and decomposes without the Python stack of every node, and copies nothing of the graphs' histories."""
+    """Traces and decomposes without the Python stack of every node, and copies nothing of the graphs' histories.
+
+    Tracing makes millions of small objects that live as long as the graph; Python would look for garbage among them every 700.
+    """
     import torch._export.utils as utils
     import torch.fx.traceback as histories
 
@@ -30,7 +34,18 @@ def lean_torch() -> Iterator[None]:
         stack.enter_context(_replaced(torch.fx.config, "do_not_emit_stack_traces", lambda _: True))
         stack.enter_context(_replaced(utils, "_materialize_cpp_cia_ops", _only_for_new_operators))
         stack.enter_context(_replaced(histories, "NodeSource", _shared_history))
+        stack.enter_context(_seldom_collected())
         yield
+
+
+@contextmanager
+def _seldom_collected() -> Iterator[None]:
+    thresholds = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 @contextmanager

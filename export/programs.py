@@ -148,7 +148,7 @@ class ProgramSet:
         example, copies = self._example(cut.inputs, max_batch, cut.description), random_references(cut.module)
         forward = forward_graph(cut.module, example, max_batch, copies)
         names = [spec.name for spec in cut.weights]
-        joint = self._joint(forward, lambda: joint_graph(forward, cut.module, names, example, max_batch, copies))
+        joint = self._joint(forward, lambda: joint_graph(forward, names))
         keys = self._add(
             "train",
             label,
@@ -182,7 +182,7 @@ class ProgramSet:
         batch = self.plan.training.batch_size
         example = self._example(inputs, batch)
         forward = forward_graph(module, example, batch)
-        graph = loss_graph(forward, example, batch)
+        graph = loss_graph(forward)
         return self._add("loss", label, graph, module, inputs, example, for_torch=forward, max_batch=batch)
 
     def add_frozen(self, name: str, module: nn.Module) -> Keys:
@@ -253,7 +253,7 @@ class ProgramSet:
         embed_example = example[: len(cut.inputs)]
         forward = forward_graph(cut.module, embed_example, self.micro_batch)
         names = [spec.name for spec in cut.weights]
-        joint = self._joint(forward, lambda: backward_graph(forward, cut.module, names, example, self.micro_batch))
+        joint = self._joint(forward, lambda: backward_graph(forward, names))
         # The cut module leaves the gradients unread: they are for the torch engine, which differentiates this graph. As a
         # graph of its own it has its own entry in the manifest, with the inputs that `backward` takes.
         embedder = forward_graph(cut.module, example, self.micro_batch)

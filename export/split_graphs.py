@@ -4,7 +4,6 @@ A program is a forward pass, or what autograd makes of one. `SplitFunction.eager
 program is held to; `SplitFunction.graph` traces the forward pass as `export.trace` does, and differentiates the trace.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.func import functional_call
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from export.decompositions import LEAN
+from export.differentiate import as_leaves, results, trace_step
 from export.trace import Arrays, trace_function
 from lamina.split import Party
 
@@ -56,31 +54,19 @@ def graph(function: SplitFunction, restore: Restore, weights: Arrays, example: A
     forward = trace_function(_forward_of(function.module, restore), weights, example[: function.forward_inputs], max_batch)
     if function.finish is None:
         return forward
-    run = forward.module()
-    taken = [node.meta["val"] for node in forward.graph.nodes if node.op == "placeholder"]
-    (results,) = (node.args[0] for node in forward.graph.nodes if node.op == "output")
-    taken += [results[index].meta["val"] for index in function.cotangents]  # a gradient has the shape of its output
-    arguments = (tuple(taken[: len(weights)]), tuple(taken[len(weights) :]))
+    run, given = forward.module(), results(forward)
 
     def step(weights: Arrays, inputs: Arrays) -> Arrays:
         return _finished(function, lambda w, x: tuple(run(w, x)), weights, inputs)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = make_fx(step, decomposition_table=LEAN, tracing_mode="symbolic")(*arguments)
-    for node in list(traced.graph.nodes):
-        if node.target is torch.ops.aten.detach.default:
-            node.replace_all_uses_with(node.args[0])
-            traced.graph.erase_node(node)
-    traced.recompile()
-    return trace_function(lambda w, x: traced(w, x), weights, example, max_batch)
+    return trace_step(step, forward, [given[place] for place in function.cotangents])  # a gradient has the shape of its output
 
 
 def gradients_of_weights(trained: int) -> Finish:
     """(weights, inputs, gradients of the outputs) -> gradients of the first `trained` weights."""
 
     def finish(run: Forward, weights: Arrays, inputs: Arrays) -> Arrays:
-        leaves = _leaves(weights[:trained])
+        leaves = as_leaves(weights[:trained])
         (output,) = run((*leaves, *weights[trained:]), inputs[:-1])
         return torch.autograd.grad(output, leaves, inputs[-1])
 
@@ -91,8 +77,8 @@ def gradients_of_input_and_weights(trained: int) -> Finish:
     """The same, with the gradient of the only input before those of the weights."""
 
     def finish(run: Forward, weights: Arrays, inputs: Arrays) -> Arrays:
-        (x,) = _leaves(inputs[:1])
-        leaves = _leaves(weights[:trained])
+        (x,) = as_leaves(inputs[:1])
+        leaves = as_leaves(weights[:trained])
         (output,) = run((*leaves, *weights[trained:]), (x,))
         return torch.autograd.grad(output, (x, *leaves), inputs[1])
 
@@ -101,15 +87,15 @@ def gradients_of_input_and_weights(trained: int) -> Finish:
 
 def gradients_of_logits(run: Forward, weights: Arrays, inputs: Arrays) -> Arrays:
     """The fusion net: (features..., gradient of its logits) -> gradients of its weights; the features are constants."""
-    leaves = _leaves(weights)
+    leaves = as_leaves(weights)
     _, logits = run(leaves, inputs[:-1])
     return torch.autograd.grad(logits, leaves, inputs[-1])
 
 
 def classified(run: Forward, weights: Arrays, inputs: Arrays) -> Arrays:
     """Metrics, then gradients: of the loss for features and weights, of the fused loss for the fused logits."""
-    features, fused_logits = _leaves(inputs[:2])
-    leaves = _leaves(weights)
+    features, fused_logits = as_leaves(inputs[:2])
+    leaves = as_leaves(weights)
     loss, fused, *counts = run(leaves, (features, fused_logits, inputs[2]))
     own = torch.autograd.grad(loss, (features, *leaves))
     (of_logits,) = torch.autograd.grad(fused, (fused_logits,))
@@ -118,8 +104,8 @@ def classified(run: Forward, weights: Arrays, inputs: Arrays) -> Arrays:
 
 def transferred(run: Forward, weights: Arrays, inputs: Arrays) -> Arrays:
     """Metrics, then gradients of the loss for features and weights."""
-    (features,) = _leaves(inputs[:1])
-    leaves = _leaves(weights)
+    (features,) = as_leaves(inputs[:1])
+    leaves = as_leaves(weights)
     loss, *rest = run(leaves, (features, *inputs[1:]))
     return (loss.detach(), *(value.detach() for value in rest), *torch.autograd.grad(loss, (features, *leaves)))
 
@@ -128,9 +114,9 @@ def device_step(trained: Sequence[int]) -> Finish:
     """Metrics of all modalities, then gradients of the sum of losses for the weights at these places."""
 
     def finish(run: Forward, weights: Arrays, inputs: Arrays) -> Arrays:
-        leaves = dict(zip(trained, _leaves(tuple(weights[i] for i in trained)), strict=True))
-        total, *rest = run(tuple(leaves.get(i, value) for i, value in enumerate(weights)), inputs)
-        return (*(value.detach() for value in rest), *torch.autograd.grad(total, tuple(leaves.values())))
+        own = dict(zip(trained, as_leaves(tuple(weights[i] for i in trained)), strict=True))
+        total, *rest = run(tuple(own.get(i, value) for i, value in enumerate(weights)), inputs)
+        return (*(value.detach() for value in rest), *torch.autograd.grad(total, tuple(own.values())))
 
     return finish
 
@@ -147,7 +133,3 @@ def _forward_of(module: nn.Module, restore: Restore) -> Forward:
         return (given,) if isinstance(given, Tensor) else tuple(given)
 
     return forward
-
-
-def _leaves(values: Arrays) -> Arrays:
-    return tuple(value.detach().requires_grad_(True) for value in values)

@@ -64,6 +64,11 @@ def trace_function(
             program = torch.export.export(_Function(function), (weights, example), dynamic_shapes=shapes)
     if max_batch > 1:
         allow_batches(program, max_batch)
+    return finished(program)
+
+
+def finished(program: ExportedProgram) -> ExportedProgram:
+    """The program without what tracing left in it. Raises CutError for what no program may hold: data, or random numbers."""
     _drop_dtype_checks(program)
     _strip(program)
     _refuse_state(program)

@@ -5,7 +5,6 @@ $LAMINA_CACHE, as `lamina export` does.
 """
 
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from benchmarks.device.cases import BUNDLE, BenchBundle, Case, Input, PreparedCase, ProgramFile, Side
 from benchmarks.report import versions
@@ -21,9 +19,9 @@ from benchmarks.workloads import WORKLOADS, one_stage_plan, stage_of
 from export.bundle import export_bundle
 from export.cache import ProgramCache, default_cache, program_key
 from export.cut import StageCut, cut_stage, example_inputs, find_segments
-from export.decompositions import LEAN
+from export.differentiate import trace_step
 from export.models import build_model
-from export.trace import EXAMPLE_BATCH, forward_graph, graph_text, trace_function
+from export.trace import EXAMPLE_BATCH, forward_graph, graph_text
 from export.worker import LoweredProgram, end_idle_processes, lowering_pool
 from lamina.bundle import blob_path
 from lamina.errors import ConfigError, LaminaError
@@ -205,18 +203,11 @@ def _flagged(plan: Plan, case: PreparedCase, folder: Path) -> dict[str, object]:
     run = forward.module()
 
     def step(weights: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        leaves = [weight.detach().requires_grad_(flag) for weight, flag in zip(weights, case.is_trained, strict=True)]
-        loss, correct = run(tuple(leaves), inputs)
-        return (loss.detach(), correct, *torch.autograd.grad(loss, [leaf for leaf in leaves if leaf.requires_grad]))
+        values = [weight.detach().requires_grad_(flag) for weight, flag in zip(weights, case.is_trained, strict=True)]
+        loss, correct = run(tuple(values), inputs)
+        return (loss.detach(), correct, *torch.autograd.grad(loss, [value for value in values if value.requires_grad]))
 
-    weights = tuple(value.detach() for value in cut.module.parameters())
-    symbolic = [node.meta["val"] for node in forward.graph.nodes if node.op == "placeholder"]
-    arguments = (tuple(symbolic[: len(weights)]), tuple(symbolic[len(weights) :]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about torch's own internals
-        graph = make_fx(step, decomposition_table=LEAN, tracing_mode="symbolic")(*arguments)
-    traced = trace_function(lambda w, i: graph(w, i), weights, example, case.batch)
-    lowered = _lower_once(case.engine, traced)
+    lowered = _lower_once(case.engine, trace_step(step, forward))
     digest = hash_bytes(lowered.data)
     (folder / PROGRAMS / digest).write_bytes(lowered.data)
     program = ProgramFile(

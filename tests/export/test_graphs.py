@@ -22,7 +22,7 @@ def graphs_of(stage, description=ONE, model=None):
     part = cut_stage(segments, description, plan_of(description).stages[stage])
     example = example_inputs(description, part.inputs, 2)
     forward = forward_graph(part.module, example, 4)
-    return forward, joint_graph(forward, part.module, [spec.name for spec in part.weights], example, 4)
+    return forward, joint_graph(forward, [spec.name for spec in part.weights])
 
 
 def test_layerwise_stages_after_the_first_have_equal_graphs():

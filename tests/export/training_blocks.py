@@ -45,7 +45,7 @@ def joint_of(block, *shape):
     with plain_operations():
         forward = forward_graph(module, example, MAX_BATCH)
         names = [name for name, _ in module.named_parameters()]
-        return joint_graph(forward, module, names, example, MAX_BATCH), module, example
+        return joint_graph(forward, names), module, example
 
 
 def check_trains(engine, block, *shape):
