@@ -9,15 +9,20 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-arm64 lint format docs bench bench-engines bench-memory bench-transfers bench-reductions bench-accuracy \
+.PHONY: demo test test-slow test-arm64 lint format docs bench bench-engines bench-memory bench-transfers bench-reductions bench-accuracy \
 	bench-fit bench-fidelity bench-minilm bench-methods bench-split clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lamina demo $(ARGS)
 
 # One thread for arithmetic in each of the two processes: more only get into each other's way on two cores.
+PYTEST = OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.ready
+	$(PYTEST) -m slow $(ARGS)
 
 # The engine tests on an emulated arm64 device (docs/device.md, "Other processors"). Error 3: not run, and the output says why.
 test-arm64: $(VENV)/.ready

@@ -256,7 +256,7 @@ class ProgramSet:
         joint = self._joint(forward, lambda: backward_graph(forward, names))
         # The cut module leaves the gradients unread: they are for the torch engine, which differentiates this graph. As a
         # graph of its own it has its own entry in the manifest, with the inputs that `backward` takes.
-        embedder = forward_graph(cut.module, example, self.micro_batch)
+        embedder = forward_graph(cut.module, example, self.micro_batch) if "torch" in self.versions else None
         backward, embed = self._label("backward", stage) + what, self._label("embed", stage) + what
         return (
             self._add("backward", backward, joint, cut.module, inputs, example, for_torch=embedder),

@@ -10,6 +10,7 @@ from lamina.model import Contrastive, Encoder, ImagePatches, ModelDescription, P
 from lamina.plan import Augmentation, Cohort, FeatureStore, Plan, SelfTuning, Training
 from lamina.strategies import make_stages
 
+pytestmark = pytest.mark.slow
 VOCABULARY, LENGTH, THINGS = 16, 4, 6
 SIZES = {"width": 16, "heads": 2, "layers": 2}
 MODEL = ModelDescription(

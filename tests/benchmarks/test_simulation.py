@@ -170,7 +170,14 @@ def _without(path: Path, modality: str, folder: Path) -> Path:
     return folder / f"without-{modality}.npz"
 
 
-@pytest.mark.parametrize(("make", "devices", "share"), [(_drawn, 3, 0.67), (_stalling, 2, 1.0), (_lacking, 3, 1.0)])
+@pytest.mark.parametrize(
+    ("make", "devices", "share"),
+    [
+        (_drawn, 3, 0.67),
+        pytest.param(_stalling, 2, 1.0, marks=pytest.mark.slow),
+        pytest.param(_lacking, 3, 1.0, marks=pytest.mark.slow),
+    ],
+)
 def test_real_processes_give_the_same_final_weights_losses_and_accuracies(
     make: Callable[[], Plan], devices: int, share: float, files: list[Path], tmp_path: Path
 ) -> None:

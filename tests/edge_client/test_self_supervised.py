@@ -111,6 +111,7 @@ def houses(tmp_path_factory, program_cache):
     return house
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_rounds_lower_the_loss_in_training_and_on_test_views(houses, method):
     house = houses(method)

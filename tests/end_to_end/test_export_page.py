@@ -68,6 +68,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_page_works_from_the_first_line_to_the_last(place):
     import_timm()
     import_transformers()
