@@ -9,7 +9,7 @@ Method     `plans/split/m2fedsa.toml` on AV-Digits clean, with a random backbone
            with int8 layers. The rows of encodings have 4 rounds, of which the last comes after the switch. The bounds are eager
            PyTorch on the examples of both users in one place: as many epochs as there are rounds, the losses of before the
            switch, the optimiser never started afresh; with the adapters alone, and with all layers trained.
-Not shown  Pretrained backbones, which the method is for; users with some of the modalities, which are not built; other
+Not shown  Pretrained backbones, which the method is for; users with some of the modalities; other
            learning rates than that of the plan file. Bytes of rounds are bodies as a user reports them. A report comes before
            its own update and evaluation, so `bytes_*_per_round` are means over the reports from the second round on, which hold
            those of the round before, and `bytes_*_in_all` lack the last update and the last evaluation. The download of the

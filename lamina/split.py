@@ -17,6 +17,7 @@ steps and answers fall away, and nobody sees activations or gradients of single 
 """
 
 import tomllib
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -116,11 +117,13 @@ class Traffic(Record):
 
 
 class Users(Record):
-    """Who takes part in a round: `size` users, each one process with the data of all modalities. With `party = "server"` they
-    train one after the other; a user that is silent for `lease_seconds` loses its turn in this round. A round counts with
-    `min_users` of them, else it begins again. Evaluation follows every `evaluate_every`-th round and the last; 0: never."""
+    """Who takes part in a round: `size` users, each one process with the data of all modalities or, with `some_modalities`, of
+    one at least. With `party = "server"` they train one after the other; a user that is silent for `lease_seconds` loses its
+    turn in this round. A round counts with `min_users` of them, else it begins again. Evaluation follows every
+    `evaluate_every`-th round and the last; 0: never. It is of the users with all modalities."""
 
     size: Annotated[int, Field(ge=1)] = 25
+    some_modalities: bool = False
     min_users: Annotated[int, Field(ge=1)] = 1
     lease_seconds: PositiveFloat = 600.0
     evaluate_every: Annotated[int, Field(ge=0)] = 10
@@ -178,6 +181,11 @@ class SplitPlan(Record):
         if len({encoder.width for encoder in self.encoders}) > 1:
             widths = {encoder.modality: encoder.width for encoder in self.encoders}
             raise ValueError(f"all encoders need one width, that of the fused features they are compared with; given {widths}")
+        if self.users.some_modalities and self.party == "device":
+            raise ValueError(
+                'users.some_modalities is built for party = "server" alone: a device without the coordinator has one program '
+                "for the step of all modalities; set it to false"
+            )
         if self.secure_aggregation and self.party == "server":
             raise ValueError(
                 "secure_aggregation hides what each device sends, but the coordinator must see each device's activations to "
@@ -237,16 +245,23 @@ class SplitPlan(Record):
         parts = [name for m in self.modalities for name in (modality_adapter(m), task_adapter(m), classifier(m))]
         return [*parts, FUSION]
 
-    def sent(self, fused: bool) -> list[str]:
-        """The parts that a device trains and sends; after the switch (`fused`) nobody trains the fusion net."""
+    def sent(self, fused: bool, modalities: Sequence[str] = ()) -> list[str]:
+        """The parts that a device trains and sends, with `modalities` (none: all); after the switch (`fused`) nobody trains the
+        fusion net."""
         if self.party == "device":
             return [name for name in self.trained if not (fused and name == FUSION)]
-        return [name for m in self.modalities for name in (modality_adapter(m), classifier(m))]
+        return [name for m in modalities or self.modalities for name in (modality_adapter(m), classifier(m))]
 
-    @property
-    def held(self) -> list[str]:
-        """The trained parts that a device is given each round."""
-        return self.trained if self.party == "device" else self.sent(False)
+    def held(self, modalities: Sequence[str] = ()) -> list[str]:
+        """The trained parts that a device with `modalities` (none: all) is given each round."""
+        return self.trained if self.party == "device" else self.sent(False, modalities)
+
+    def some_of(self, has: Collection[str]) -> tuple[str, ...] | None:
+        """The modalities that a user with data of `has` takes part with; () for all, None if it cannot."""
+        mine = tuple(m for m in self.modalities if m in has)
+        if len(mine) == len(self.modalities):
+            return ()
+        return mine if mine and self.users.some_modalities else None
 
     def precision(self, part: str) -> Precision:
         """That of a frozen part: int8 for the layers that a device holds, where the plan says so."""

@@ -13,6 +13,7 @@
 {round} is /v1/split/runs/{run}/rounds/{round}. Bodies of the first three are `lamina.split_bodies`.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
@@ -28,7 +29,7 @@ from lamina.wire import Count, DeviceName, Refused, RunState, Seconds, Wait
 
 
 class SplitCheckIn(Record):
-    """A user asks for work and says what it has; a user has all modalities of the plan."""
+    """A user asks for work and says what it has."""
 
     engine: EngineName
     modalities: tuple[Name, ...]
@@ -39,7 +40,8 @@ class SplitCheckIn(Record):
 
 
 class SplitWork(Record):
-    """Work for one round: `train` or `evaluate` with these weights. After the switch, `fused` is true.
+    """Work for one round: `train` or `evaluate` with these weights. After the switch, `fused` is true. `modalities` are those
+    that a user takes part with if it has not all; the bodies of its steps then have neither fused logits nor f.
 
     The turn is kept for `lease_seconds` after each message.
     """
@@ -51,6 +53,7 @@ class SplitWork(Record):
     round: Count
     fused: bool
     weights: dict[str, Sha256]
+    modalities: tuple[Name, ...] = ()
     lease_seconds: Seconds
 
 
@@ -59,14 +62,15 @@ SPLIT_ANSWER: TypeAdapter[SplitWork | Wait | Refused] = TypeAdapter(SplitAnswer)
 
 
 class SplitReport(Record):
-    """What a round cost a user. `loss` is the mean over examples of each modality's loss, `fused_loss` that of the fusion net.
+    """What a round cost a user. `loss` is the mean over examples of each modality's loss, `fused_loss` that of the fusion net,
+    None for a user that has not all modalities.
 
     `bytes_up` and `bytes_down` count message bodies since the last report, without this update.
     """
 
     num_examples: Annotated[int, Field(ge=1)]
     loss: dict[Name, float]
-    fused_loss: float
+    fused_loss: float | None
     train_seconds: Seconds
     peak_bytes: Count
     bytes_down: Count
@@ -104,14 +108,15 @@ class SplitTraffic(Record):
 
 
 class SplitRound(GrowingRecord):
-    """A round that is aggregated. `test_*` are None until evaluated; `notes` say who lost a turn."""
+    """A round that is aggregated. `fused_loss` is the mean over the users with all modalities, None if there was none; `test_*`
+    are None until evaluated; `notes` say who lost a turn."""
 
     LATER: ClassVar[tuple[str, ...]] = ("notes",)
 
     round: Count
     fused: bool
     users: tuple[SplitUserReport, ...]
-    fused_loss: float
+    fused_loss: float | None
     traffic: SplitTraffic
     test_examples: Count = 0
     test_correct: dict[Name, Count] = Field(default_factory=dict)
@@ -138,22 +143,32 @@ class SplitStatus(Record):
     weights: dict[str, Sha256]
 
 
-def features_up(plan: SplitPlan, examples: int) -> list[TensorSpec]:
-    """The activations of the low ends, (examples, tokens, width)."""
-    return [TensorSpec(name=e.modality, shape=(examples, e.input.tokens, e.width)) for e in plan.encoders]
+def features_up(plan: SplitPlan, examples: int, modalities: Sequence[str] = ()) -> list[TensorSpec]:
+    """The activations of the low ends, (examples, tokens, width), of `modalities` (none: all)."""
+    return [
+        TensorSpec(name=e.modality, shape=(examples, e.input.tokens, e.width))
+        for e in plan.encoders
+        if e.modality in (modalities or plan.modalities)
+    ]
 
 
-def features_down(plan: SplitPlan, examples: int, fused: bool) -> list[TensorSpec]:
-    """The features of the high ends, the fused logits, and after the switch f. Logits are a vector, which int8 leaves exact."""
-    specs = [TensorSpec(name=e.modality, shape=(examples, e.width)) for e in plan.encoders]
-    specs.append(TensorSpec(name=LOGITS, shape=(examples * plan.classes,)))
-    return [*specs, TensorSpec(name=FUSED, shape=(examples, plan.width))] if fused else specs
+def features_down(plan: SplitPlan, examples: int, fused: bool, modalities: Sequence[str] = ()) -> list[TensorSpec]:
+    """The features of the high ends; of all modalities also the fused logits, and after the switch f. Logits are a vector,
+    which int8 leaves exact."""
+    specs = _of_features(plan, examples, modalities)
+    specs += [] if modalities else [TensorSpec(name=LOGITS, shape=(examples * plan.classes,))]
+    return [*specs, TensorSpec(name=FUSED, shape=(examples, plan.width))] if fused and not modalities else specs
 
 
-def gradients_up(plan: SplitPlan, examples: int, fused: bool) -> list[TensorSpec]:
-    """Gradients of each modality's loss for its features; before the switch, of the fused loss for the logits."""
-    specs = [TensorSpec(name=e.modality, shape=(examples, e.width)) for e in plan.encoders]
-    return specs if fused else [*specs, TensorSpec(name=LOGITS, shape=(examples * plan.classes,))]
+def gradients_up(plan: SplitPlan, examples: int, fused: bool, modalities: Sequence[str] = ()) -> list[TensorSpec]:
+    """Gradients of each modality's loss for its features; of all modalities, and before the switch, also of the fused loss for
+    the logits."""
+    specs = _of_features(plan, examples, modalities)
+    return specs if fused or modalities else [*specs, TensorSpec(name=LOGITS, shape=(examples * plan.classes,))]
+
+
+def _of_features(plan: SplitPlan, examples: int, modalities: Sequence[str]) -> list[TensorSpec]:
+    return [TensorSpec(name=m, shape=(examples, plan.width)) for m in plan.modalities if m in (modalities or plan.modalities)]
 
 
 gradients_down = features_up

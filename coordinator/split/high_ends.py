@@ -51,21 +51,24 @@ class HighEnds:
             rate = self._plan.fusion.learning_rate if name == FUSION else training.learning_rate
             self._optimizers[name] = self._runtime.optimizer(settings, vector.size, rate)
 
-    def forward(self, activations: Values) -> tuple[Values, Float32, Float32]:
-        """(features of each modality, f, fused logits). Raises UpdateRejectedError if one of them is not finite."""
-        features = {m: self._run(f"{m}.high", self._weights(m), [activations[m]])[0].copy() for m in self._plan.modalities}
-        f, logits = (value.copy() for value in self._run(FUSION, self._views[FUSION], list(features.values())))
-        _check(f"the activations lead to values that are not finite{_HINT}", *features.values(), f, logits)
-        return features, f, logits
+    def forward(self, activations: Values) -> tuple[Values, list[Float32]]:
+        """(features of each modality, [f, fused logits] if all are there). Raises UpdateRejectedError if one is not finite."""
+        features = {m: self._run(f"{m}.high", self._weights(m), [value])[0].copy() for m, value in activations.items()}
+        fused: list[Float32] = []
+        if len(features) == len(self._plan.modalities):
+            fused = [value.copy() for value in self._run(FUSION, self._views[FUSION], list(features.values()))]
+        _check(f"the activations lead to values that are not finite{_HINT}", *features.values(), *fused)
+        return features, fused
 
     def backward(self, activations: Values, features: Values, gradients: Values, of_logits: Float32 | None) -> Values:
-        """The gradients of the activations; steps every task adapter and, where `of_logits` is given, the fusion net.
+        """The gradients of the activations; steps the task adapter of each modality there is and, where `of_logits` is given,
+        the fusion net.
 
         Raises UpdateRejectedError before anything is changed if a gradient is not finite.
         """
         downs: Values = {}
         steps: dict[str, Float32] = {}
-        for m in self._plan.modalities:
+        for m in activations:
             down, *own = self._run(f"{m}.high_backward", self._weights(m), [activations[m], gradients[m]])
             downs[m], steps[task_adapter(m)] = down.copy(), flat(own)
         if of_logits is not None:

@@ -66,6 +66,7 @@ class SplitRun:
         self._lock = RLock()
         self._steps: TurnSteps | None = None
         self._asked: dict[str, float] = {}  # when each device last asked for work
+        self._has: dict[str, tuple[str, ...]] = {}  # the modalities that each takes part with; none: all
         self._leases: dict[str, float] = {}  # of the users of a round that train by themselves, or evaluate
         self._now = _Round()
 
@@ -77,6 +78,8 @@ class SplitRun:
                 return Refused(detail=reason)
             now = self._house.clock()
             self._asked[device] = now
+            # As first said: within a round nothing else would do, and other data are another user's.
+            self._has.setdefault(device, self.plan.some_of(facts.modalities) or ())
             self._advance(now)
             if self.is_finished:
                 return self._wait("no_run", f"{self._state.run} is finished")
@@ -84,7 +87,7 @@ class SplitRun:
                 if device not in self._state.evaluating:
                     return self._wait("round", f"round {self._state.round - 1} is being evaluated")
                 self._leases[device] = now
-                return self._work("evaluate", self._state.round - 1, False)
+                return self._work("evaluate", self._state.round - 1, False, ())
             if not self._now.cohort:
                 here = self._here(now)
                 return self._wait("cohort", f"{len(here)} of {self.plan.users.size} users are here")
@@ -100,7 +103,7 @@ class SplitRun:
                 return self._wait("round", f"round {self._state.round}: it is the turn of {whose}")
             else:
                 self._now.turn = self._turn_steps().begin_again(self._now.turn, now)
-            return self._work("train", self._state.round, self._state.fused)
+            return self._work("train", self._state.round, self._state.fused, self._has[device])
 
     def features(self, device: str, round: int, step: int, examples: int, body: bytes) -> bytes:
         """Activations up, features down: the first half of a step. The same body again gives the same answer."""
@@ -138,7 +141,7 @@ class SplitRun:
                 raise RoundClosedError(
                     f"round {round} of {self._state.run} takes no update of this user; check in for new work"
                 )
-            self._now.updates[device] = read_update(self.manifest, self._state.fused, digest, body, report)
+            self._now.updates[device] = read_update(self.manifest, self._state.fused, self._has[device], digest, body, report)
             self._now.turn = None
             self._advance(self._house.clock())
             return SplitAccepted(run=self._state.run, round=round)
@@ -241,7 +244,7 @@ class SplitRun:
         if left:
             if self.plan.party == "server" and self._now.turn is None:
                 # It has a lease before it has asked: one that has left must not stop the others.
-                self._now.turn = self._turn_steps().begin(left[0], now)
+                self._now.turn = self._turn_steps().begin(left[0], self._has[left[0]], now)
             return
         if len(self._now.updates) >= self.plan.users.min_users:
             self._aggregate()
@@ -256,9 +259,11 @@ class SplitRun:
         updates = [self._now.updates[user] for user in users]
         new: dict[str, dict[str, Float32]] = {}
         for part in self.plan.sent(self._state.fused):
-            start = self._tensors(part)
-            given = [{name: update.differences[f"{part}/{name}"] for name in start} for update in updates]
-            new[part] = mean_over_users(start, given)
+            having = [each for each in updates if part in self.plan.sent(self._state.fused, each.modalities)]
+            if having:  # else nobody trained it: its blob stays the same
+                start = self._tensors(part)
+                given = [{name: update.differences[f"{part}/{name}"] for name in start} for update in having]
+                new[part] = mean_over_users(start, given)
         for part in (*(task_adapter(m) for m in self.plan.modalities), FUSION):
             if self.plan.party == "server":
                 new[part] = self._turn_steps().tensors(part)
@@ -267,8 +272,9 @@ class SplitRun:
         if self._state.fused:
             new.pop(FUSION, None)  # frozen: its blob stays the same
         weights = {**self._state.weights, **{part: self._house.blobs.put(encode(tensors)) for part, tensors in new.items()}}
-        fused_loss = sum(update.report.fused_loss for update in updates) / len(updates)
-        losses = [*(r.fused_loss for r in self._state.rounds), fused_loss]
+        fused_losses = [each.report.fused_loss for each in updates if each.report.fused_loss is not None]
+        fused_loss = sum(fused_losses) / len(fused_losses) if fused_losses else None
+        course = [loss for loss in (*(each.fused_loss for each in self._state.rounds), fused_loss) if loss is not None]
         number = self._state.round
         done = SplitRound(
             round=number,
@@ -283,10 +289,10 @@ class SplitRun:
         evaluates = self.plan.users.evaluates(number, self.plan.rounds)
         self._save(
             round=number + 1,
-            fused=self._state.fused or is_steady(losses, self.plan.switch),
+            fused=self._state.fused or is_steady(course, self.plan.switch),
             weights=weights,
             rounds=(*self._state.rounds, done),
-            evaluating={user: self._names(user) for user in users} if evaluates else {},
+            evaluating={user: self._names(user) for user in users if evaluates and not self._has[user]},
             evaluated=(),
         )
         log.info("%s: round %d is aggregated from %d users", self._state.run, number, len(users))
@@ -311,9 +317,10 @@ class SplitRun:
     # Small things
 
     def _refusal(self, facts: SplitCheckIn) -> str | None:
-        lacking = sorted(set(self.plan.modalities) - set(facts.modalities))
-        if lacking:
-            return f"the plan {self.plan.name!r} needs {lacking[0]!r}, which this user's data lacks"
+        if self.plan.some_of(facts.modalities) is None:
+            lacking = sorted(set(self.plan.modalities) - set(facts.modalities))
+            needs = f"one of {', '.join(lacking)}" if self.plan.users.some_modalities else repr(lacking[0])
+            return f"the plan {self.plan.name!r} needs {needs}, which this user's data lacks"
         if facts.engine not in self.manifest.programs:
             return f"the bundle has no programs for {facts.engine}, only for {', '.join(self.manifest.programs)}"
         if self.plan.traffic.compression not in ("none", *facts.compressions):
@@ -326,7 +333,7 @@ class SplitRun:
         since = now - self._house.settings.presence_seconds
         return [user for user, at in self._asked.items() if at >= since]
 
-    def _work(self, phase: str, round: int, fused: bool) -> SplitWork:
+    def _work(self, phase: str, round: int, fused: bool, modalities: tuple[str, ...]) -> SplitWork:
         return SplitWork.model_validate(
             {
                 "phase": phase,
@@ -334,7 +341,8 @@ class SplitRun:
                 "manifest": self._state.manifest,
                 "round": round,
                 "fused": fused,
-                "weights": {part: self._state.weights[part] for part in self.plan.held},
+                "weights": {part: self._state.weights[part] for part in self.plan.held(modalities)},
+                "modalities": modalities,
                 "lease_seconds": self.plan.users.lease_seconds,
             }
         )

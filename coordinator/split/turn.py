@@ -18,10 +18,12 @@ from lamina.tensors import Float32
 
 @dataclass
 class Turn:
-    """`seen` is when the user last sent a message, `steps` how many it has finished; between the two halves of a step there are
-    `activations` and their `features`. `answered` is the last answer, for a connection that broke before it arrived."""
+    """`modalities` are the user's if it has not all; `seen` is when it last sent a message, `steps` how many it has finished;
+    between the two halves of a step there are `activations` and their `features`. `answered` is the last answer, for a
+    connection that broke before it arrived."""
 
     user: str
+    modalities: tuple[str, ...]
     seen: float
     start: Snapshot
     steps: int = 0
@@ -42,13 +44,13 @@ class TurnSteps:
         self._high.load(weights)
         self.traffic = SplitTraffic()
 
-    def begin(self, user: str, now: float) -> Turn:
-        return Turn(user, now, self._high.snapshot())
+    def begin(self, user: str, modalities: tuple[str, ...], now: float) -> Turn:
+        return Turn(user, modalities, now, self._high.snapshot())
 
     def begin_again(self, turn: Turn, now: float) -> Turn:
         """The same turn from its start, also for a user that had begun and was interrupted."""
         self.take_back(turn)
-        return Turn(turn.user, now, turn.start)
+        return Turn(turn.user, turn.modalities, now, turn.start)
 
     def take_back(self, turn: Turn) -> None:
         if turn.steps or turn.activations:
@@ -61,8 +63,8 @@ class TurnSteps:
             return turn.answered[1]
         if step != turn.steps or turn.activations is not None:
             raise RoundClosedError(f"step {step} does not follow step {turn.steps - 1}; check in to begin the round again")
-        activations = self._activations(body, examples)
-        answer, features = self._forward(activations, examples, fused)
+        activations = self._activations(body, examples, turn.modalities)
+        answer, features = self._forward(activations, examples, fused, turn.modalities)
         turn.activations, turn.features, turn.answered = activations, features, (key, answer)
         self._count(features_up_bytes=len(body), features_down_bytes=len(answer))
         return answer
@@ -77,9 +79,9 @@ class TurnSteps:
             raise RoundClosedError(f"step {step} has no features yet; check in to begin the round again")
         if examples != len(next(iter(activations.values()))):
             raise UpdateRejectedError(f"step {step} has other examples than its features")
-        traffic, specs = self._plan.traffic, gradients_up(self._plan, examples, fused)
+        traffic, specs = self._plan.traffic, gradients_up(self._plan, examples, fused, turn.modalities)
         given = unpack(body, specs, traffic.gradients, traffic.compression, are_gradients=True)
-        of_logits = None if fused else given.pop(LOGITS).reshape(examples, self._plan.classes)
+        of_logits = given.pop(LOGITS).reshape(examples, self._plan.classes) if LOGITS in given else None
         down = self._high.backward(activations, turn.features, given, of_logits)
         answer = pack(down, traffic.gradients, traffic.compression, are_gradients=True)
         turn.steps, turn.activations, turn.answered = step + 1, None, (key, answer)
@@ -94,15 +96,20 @@ class TurnSteps:
         """Copies of the tensors of a part that the coordinator trains, by name."""
         return self._high.tensors(part)
 
-    def _activations(self, body: bytes, examples: int) -> Values:
+    def _activations(self, body: bytes, examples: int, modalities: tuple[str, ...] = ()) -> Values:
         check_count(self._plan, examples)
         traffic = self._plan.traffic
-        return unpack(body, features_up(self._plan, examples), traffic.activations, traffic.compression)
+        return unpack(body, features_up(self._plan, examples, modalities), traffic.activations, traffic.compression)
 
-    def _forward(self, activations: Values, examples: int, fused: bool) -> tuple[bytes, Values]:
-        features, f, logits = self._high.forward(activations)
-        sent = {**features, LOGITS: logits.reshape(-1), **({FUSED: f} if fused else {})}
-        assert [spec.name for spec in features_down(self._plan, examples, fused)] == list(sent)
+    def _forward(
+        self, activations: Values, examples: int, fused: bool, modalities: tuple[str, ...] = ()
+    ) -> tuple[bytes, Values]:
+        features, of_fusion = self._high.forward(activations)
+        sent = dict(features)
+        if of_fusion:
+            f, logits = of_fusion
+            sent |= {LOGITS: logits.reshape(-1), **({FUSED: f} if fused else {})}
+        assert [spec.name for spec in features_down(self._plan, examples, fused, modalities)] == list(sent)
         return pack(sent, self._plan.traffic.activations, self._plan.traffic.compression), features
 
     def _count(self, **more: int) -> None:

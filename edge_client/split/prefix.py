@@ -5,6 +5,7 @@ The modality adapter sits behind the first layer's MLP, so a batch needs two sto
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from edge_client.data import LocalData
@@ -21,16 +22,26 @@ _KINDS = ("base", "branch")
 
 
 class PrefixStore:
-    """The stored arrays of one run's data, in `folder/<key>`; those of other models or data are deleted."""
+    """The stored arrays of one run's data, in `folder/<key>`; those of other models or data are deleted. `modalities`: none
+    for all of the plan."""
 
-    def __init__(self, folder: Path, manifest: str, plan: SplitPlan, data: LocalData, programs: Programs, say: Say) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: str,
+        plan: SplitPlan,
+        modalities: Sequence[str],
+        data: LocalData,
+        programs: Programs,
+        say: Say,
+    ) -> None:
         self._plan, self._data = plan, data
         self._folder = folder / hash_bytes(f"{manifest} {data.fingerprint}".encode())[:32]
         for other in folder.glob("*"):
             if other != self._folder:
                 shutil.rmtree(other)
         self._folder.mkdir(parents=True, exist_ok=True)
-        for m in plan.modalities:
+        for m in modalities or plan.modalities:
             for split in SPLITS:
                 if data.examples(split) and not all(self._file(split, m, kind).is_file() for kind in _KINDS):
                     self._compute(split, m, programs, say)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from edge_client.engines.base import Array
 from edge_client.job import Split
 from edge_client.rows import Indices
@@ -33,13 +35,17 @@ class Steps(Protocol):
 
 
 class RemoteSteps:
-    """Activations up, features down; gradients up, gradients down."""
+    """Activations up, features down; gradients up, gradients down.
+
+    A user that has not all modalities trains with the loss of each that it has: there are no fused logits to learn from.
+    """
 
     def __init__(
         self, plan: SplitPlan, work: SplitWork, programs: Programs, parts: Parts, store: PrefixStore, transport: SplitTransport
     ) -> None:
         self._plan, self._work, self._programs, self._parts = plan, work, programs, parts
         self._store, self._transport = store, transport
+        self._modalities = work.modalities or plan.modalities
 
     def train(self, step: int, indices: Indices) -> Metrics:
         """One step of every classifier and modality adapter. Raises NonFiniteError, and what the coordinator refuses with."""
@@ -51,9 +57,9 @@ class RemoteSteps:
         metrics, sent = self._classify(features, f, logits, label)
         body = pack(sent, traffic.gradients, traffic.compression, are_gradients=True)
         answer = self._transport.half_step("gradients", work.run, work.round, step, count, body)
-        specs = gradients_down(plan, count)
+        specs = gradients_down(plan, count, work.modalities)
         downs = unpack(answer, specs, traffic.gradients, traffic.compression, are_gradients=True)
-        for m in plan.modalities:
+        for m in self._modalities:
             part = modality_adapter(m)
             given = self._programs.run(f"{m}.low_backward", self._parts, [branches[m], downs[m]])
             self._parts.step(part, self._programs.gradients(given, part))
@@ -65,23 +71,24 @@ class RemoteSteps:
         features, _, logits = self._features(answer, len(indices), False)
         label = self._store.labels("test", indices)
         return _merged(
-            {m: self._programs.run(f"{m}.classify", self._parts, [features[m], logits, label]) for m in self._plan.modalities}
+            {m: self._programs.run(f"{m}.classify", self._parts, [features[m], logits, label]) for m in self._modalities}
         )
 
     def _activations(self, split: Split, indices: Indices) -> tuple[dict[str, Array], bytes]:
         """What the adapters take, and the body with what the low ends give."""
         branches: dict[str, Array] = {}
         up: dict[str, Float32] = {}
-        for m in self._plan.modalities:
+        for m in self._modalities:
             base, branches[m] = self._store.take(split, m, indices)
             up[m] = self._programs.run(f"{m}.low", self._parts, [base, branches[m]])["activations"].copy()
         return branches, pack(up, self._plan.traffic.activations, self._plan.traffic.compression)
 
     def _features(self, answer: bytes, count: int, fused: bool) -> tuple[dict[str, Float32], Float32 | None, Float32]:
-        traffic = self._plan.traffic
-        found = unpack(answer, features_down(self._plan, count, fused), traffic.activations, traffic.compression)
-        logits = found.pop(LOGITS).reshape(count, self._plan.classes)
-        return found, found.pop(FUSED, None), logits
+        traffic, modalities = self._plan.traffic, self._work.modalities
+        found = unpack(answer, features_down(self._plan, count, fused, modalities), traffic.activations, traffic.compression)
+        # Without all modalities there are none; zeros then stand in for what the program takes and no gradient depends on.
+        logits = np.zeros((count, self._plan.classes), np.float32) if modalities else found.pop(LOGITS)
+        return found, found.pop(FUSED, None), logits.reshape(count, self._plan.classes)
 
     def _classify(
         self, features: dict[str, Float32], f: Float32 | None, logits: Float32, label: Array
@@ -92,8 +99,9 @@ class RemoteSteps:
         for m, value in features.items():
             if f is None:
                 given = self._programs.run(f"{m}.classify", self._parts, [value, logits, label])
-                # The same for every modality: label and logits are. So their mean, which the fusion net takes, is this one.
-                sent[LOGITS] = given["logits_gradient"].reshape(-1).copy()
+                if not self._work.modalities:
+                    # The same for every modality: label and logits are. So their mean, which the fusion net takes, is this one.
+                    sent[LOGITS] = given["logits_gradient"].reshape(-1).copy()
             else:
                 given = self._programs.run(f"{m}.transfer", self._parts, [value, f, logits, label])
             sent[m] = given["gradient"].copy()

@@ -26,6 +26,7 @@ from edge_client.trust import Verifier
 from lamina.compression import available_compressions
 from lamina.errors import HashMismatchError, ProtocolError, RoundClosedError
 from lamina.names import EngineName
+from lamina.split import SplitPlan
 from lamina.split_bodies import pack
 from lamina.split_manifest import SplitManifest
 from lamina.split_wire import SplitCheckIn, SplitEvaluation, SplitReport, SplitWork
@@ -112,8 +113,11 @@ class SplitUser:
 
     def _do(self, work: SplitWork) -> None:
         manifest, programs, store = self._open(work.manifest)
-        if set(work.weights) != set(manifest.plan.held):
-            raise ProtocolError(f"the work names weights of {sorted(work.weights)}, the plan needs {manifest.plan.held}")
+        if work.modalities != self._modalities(manifest.plan):
+            raise ProtocolError(f"the work is for {list(work.modalities)}, and this user has {list(self._data.modalities)}")
+        held = manifest.plan.held(work.modalities)
+        if set(work.weights) != set(held):
+            raise ProtocolError(f"the work names weights of {sorted(work.weights)}, the plan needs {held}")
         blob = self._fetcher(manifest, work)
         parts = Parts(manifest, work.weights, blob)
         steps: Steps
@@ -135,12 +139,12 @@ class SplitUser:
                 sums.add(steps.train(step, indices), len(indices))
                 count, step = count + len(indices), step + 1
         traffic = plan.traffic
-        body = pack(parts.differences(plan.sent(work.fused)), traffic.updates, traffic.compression)
+        body = pack(parts.differences(plan.sent(work.fused, work.modalities)), traffic.updates, traffic.compression)
         down, up = self._transport.bytes_down, self._transport.bytes_up
         report = SplitReport(
             num_examples=self._data.train_examples,
             loss=sums.mean_loss(),
-            fused_loss=sums.fused_loss / count,
+            fused_loss=None if work.modalities else sums.fused_loss / count,
             train_seconds=time.monotonic() - started,
             peak_bytes=peak_bytes(),
             bytes_down=down,
@@ -179,11 +183,19 @@ class SplitUser:
                 self._opened[2].close_all()
             self._verifier.check(digest, self._transport.signature)
             manifest = SplitManifest.from_file(self._blobs.get(digest, MAX_JSON_BYTES))
-            self._data.check(manifest.plan.model)
+            modalities = self._modalities(manifest.plan)
+            self._data.check(manifest.plan.model, modalities)
             programs = Programs(manifest, self._engine, lambda blob: self._blobs.get(blob, manifest.blobs[blob]))
-            store = PrefixStore(self._state / "prefix", digest, manifest.plan, self._data, programs, self._say)
+            store = PrefixStore(self._state / "prefix", digest, manifest.plan, modalities, self._data, programs, self._say)
             self._opened = (digest, manifest, programs, store)
         return self._opened[1:]
+
+    def _modalities(self, plan: SplitPlan) -> tuple[str, ...]:
+        """Those that this user takes part with; none: all. Raises ProtocolError if the plan has no work for it."""
+        found = plan.some_of(self._data.modalities)
+        if found is None:
+            raise ProtocolError(f"plan {plan.name!r} has no work for data of {', '.join(self._data.modalities)} alone")
+        return found
 
     def _fetcher(self, manifest: SplitManifest, work: SplitWork) -> Callable[[str], Path]:
         """Fetches the weights of a round, none of them larger than it can be."""
@@ -199,7 +211,7 @@ class SplitUser:
     def _constant(self, manifest: SplitManifest) -> set[str]:
         """The blobs that every round needs: programs and frozen parts."""
         programs = manifest.programs[self._engine.name].values()
-        frozen = {manifest.initial_weights[name] for name in manifest.plan.frozen}
+        frozen = {manifest.initial_weights[name] for name in manifest.plan.frozen}  # more than a user holds; that does no harm
         return {program.blob for program in programs} | frozen
 
 

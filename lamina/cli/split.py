@@ -177,7 +177,7 @@ def _table(found: "SplitStatus") -> "Table":
     from rich.table import Table
 
     table = Table(title=f"{found.run}: {found.name}, {found.state}", caption=found.detail, caption_justify="left")
-    modalities = sorted(found.rounds[0].users[0].report.loss) if found.rounds else []
+    modalities = sorted({m for row in found.rounds for each in row.users for m in each.report.loss})
     for heading in ("round", "phase", "users", "fused loss", *modalities, "fusion", "KiB up", "KiB down"):
         table.add_column(heading, justify="right")
     for row in found.rounds:
@@ -186,7 +186,7 @@ def _table(found: "SplitStatus") -> "Table":
             str(row.round),
             "2" if row.fused else "1",
             str(len(row.users)),
-            f"{row.fused_loss:.4f}",
+            "" if row.fused_loss is None else f"{row.fused_loss:.4f}",
             *("" if value is None else f"{100 * value:.1f} %" for value in accuracy),
             *(f"{value:.1f}" for value in _step_kib(row)),
         )

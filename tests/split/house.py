@@ -3,7 +3,7 @@
 import fcntl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,8 @@ def varied(bundle: Path, folder: Path, seed: int | None = None, **changes: Any) 
     return folder, SplitManifest.from_file(folder / MANIFEST)
 
 
-def write_data(path: Path, seed: int, train: int = 40, test: int = 24) -> Path:
-    """Four classes that differ in the mean of both modalities."""
+def write_data(path: Path, seed: int, train: int = 40, test: int = 24, has: Sequence[str] = ("image", "audio")) -> Path:
+    """Four classes that differ in the mean of both modalities, of which the file has those that are named."""
     fixed, random = np.random.default_rng(5), np.random.default_rng(seed)
     image_of, audio_of = fixed.normal(size=(CLASSES, 1, 8, 8)), fixed.normal(size=(CLASSES, 4, 5))
     arrays: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def write_data(path: Path, seed: int, train: int = 40, test: int = 24) -> Path:
         arrays[f"{split}_label"] = label.astype(np.int64)
         arrays[f"{split}_image"] = (image_of[label] + 0.5 * random.normal(size=(count, 1, 8, 8))).astype(np.float32)
         arrays[f"{split}_audio"] = (audio_of[label] + 0.5 * random.normal(size=(count, 4, 5))).astype(np.float32)
-    np.savez(path, **arrays)
+    np.savez(path, **{name: value for name, value in arrays.items() if name.partition("_")[2] in ("label", *has)})
     return path
 
 
