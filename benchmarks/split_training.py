@@ -6,7 +6,9 @@ Method     `plans/split/m2fedsa.toml` on AV-Digits clean, with a random backbone
            modalities each, through real processes on ONNX Runtime: `lamina serve --split`, two times `lamina split join`. Each
            tests on half of the 500 test examples. The switch is forced: a window of 3 and a threshold that any loss passes, so
            rounds 0 to 3 come before it; "no transfer" has a threshold that none passes. "on the device" is `party = "device"`
-           with int8 layers. The rows of encodings have 4 rounds, of which the last comes after the switch. The bounds are eager
+           with int8 layers. The rows of encodings have 4 rounds, of which the last comes after the switch. In "one modality,
+           taking part" two more users, of 480 examples each, have images alone and audio alone; in "one modality, left out" the
+           first user is by itself, and in both it alone tests, on all 500. The bounds are eager
            PyTorch on the examples of both users in one place: as many epochs as there are rounds, the losses of before the
            switch, the optimiser never started afresh; with the adapters alone, and with all layers trained.
 Not shown  Pretrained backbones, which the method is for; users with some of the modalities; other
@@ -60,6 +62,7 @@ from lamina.split_wire import SplitRound, SplitStatus
 RESULT, COMMAND = "split-training", "make bench-split"
 PLAN = Path(__file__).parent / "plans" / "split" / "m2fedsa.toml"
 USERS, EXAMPLES, ROUNDS, WINDOW, EVALUATE_EVERY = 2, 480, 10, 3, 2
+BOTH = ("image", "audio")
 ALWAYS, NEVER = 1e6, 1e-30
 """Thresholds of the switch."""
 TIMEOUT_SECONDS, _POLL_SECONDS = 1800.0, 0.25
@@ -72,12 +75,14 @@ Load = Callable[[int], tuple[Arrays, Arrays]]
 
 @dataclass(frozen=True)
 class Case:
-    """`changes` are of the plan. A bound trains `all_layers` or the adapters alone, in one place; None: it is no bound."""
+    """`changes` are of the plan; `has` are the modalities of each user. A bound trains `all_layers` or the adapters alone, in
+    one place; None: it is no bound."""
 
     what: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     all_layers: bool | None = None
     seeds: int = 3
+    has: tuple[tuple[str, ...], ...] = (BOTH,) * USERS
 
 
 def _encoding(name: str, compression: str = "none") -> Case:
@@ -98,6 +103,8 @@ CASES = (
     Case(ON_DEVICE, {"party": "device", "frozen_precision": "int8"}),
     Case("bound: adapters", all_layers=False),
     Case("bound: all layers", all_layers=True),
+    Case("one modality, left out", {"switch": {"window": WINDOW, "threshold": NEVER}}, has=(BOTH,)),
+    Case("one modality, taking part", {"switch": {"window": WINDOW, "threshold": NEVER}}, has=(BOTH, ("image",), ("audio",))),
     _encoding("fp32"),
     _encoding("fp16"),
     _encoding("fp16", "zstd"),
@@ -111,7 +118,12 @@ def plan_of(case: Case, base: SplitPlan, seed: int) -> SplitPlan:
     settings = {
         "rounds": ROUNDS,
         "switch": {"window": WINDOW, "threshold": ALWAYS},
-        "users": {"size": USERS, "min_users": USERS, "evaluate_every": EVALUATE_EVERY},
+        "users": {
+            "size": len(case.has),
+            "min_users": len(case.has),
+            "some_modalities": {*case.has} != {BOTH},
+            "evaluate_every": EVALUATE_EVERY,
+        },
         "seed": seed,
     }
     return SplitPlan.model_validate(base.model_dump() | settings | dict(case.changes))
@@ -124,23 +136,25 @@ def load(seed: int) -> tuple[Arrays, Arrays]:
     return found[0], found[1]
 
 
-def deal(train: Arrays, seed: int) -> list[NDArray[np.intp]]:
-    """The training rows of each user, drawn without overlap."""
+def deal(train: Arrays, seed: int, users: int = USERS) -> list[NDArray[np.intp]]:
+    """The training rows of each user, drawn without overlap; those of the first are the same however many follow."""
     order = np.random.default_rng(seed).permutation(len(train[LABEL]))
-    share = min(EXAMPLES, len(order) // USERS)
-    return [order[user * share : (user + 1) * share] for user in range(USERS)]
+    share = min(EXAMPLES, len(order) // max(users, USERS))
+    return [order[user * share : (user + 1) * share] for user in range(users)]
 
 
 def measure(case: Case, base: SplitPlan, data: tuple[Arrays, Arrays], seed: int, folder: Path) -> Row:
     """One row: a run of real processes, or a bound."""
     plan, (train, test) = plan_of(case, base, seed), data
-    rows = deal(train, seed)
+    rows = deal(train, seed, len(case.has))
     if case.all_layers is not None:
         return {"what": case.what, "seed": seed} | pooled(plan, train, test, rows, case.all_layers)
-    files = []
-    for user, mine in enumerate(rows):
-        arrays = {f"train_{name}": values[mine] for name, values in train.items()}
-        arrays |= {f"test_{name}": values[user::USERS] for name, values in test.items()}
+    files: list[Path] = []
+    testers = case.has.count(BOTH)  # they come first
+    for user, (mine, has) in enumerate(zip(rows, case.has, strict=True)):
+        kept = (*has, LABEL)
+        arrays = {f"train_{name}": train[name][mine] for name in kept}
+        arrays |= {f"test_{name}": test[name][user::testers] if has == BOTH else test[name][:0] for name in kept}
         files.append(folder / f"data-{user}.npz")
         np.savez(files[-1], **arrays)
     manifest = export_split(plan, folder / "bundle", ("onnxruntime",))
@@ -342,7 +356,7 @@ def _percent(value: float) -> str:
 
 
 def table_of(rows: Sequence[Row]) -> Table:
-    table = Table(title=f"M2FedSA on AV-Digits clean, {USERS} users; accuracy in %, bytes in kB, range over seeds in brackets")
+    table = Table(title="M2FedSA on AV-Digits clean; accuracy in %, bytes in kB, range over seeds in brackets")
     for heading in ("what", "seeds", "image", "audio", FUSION, "a step", "a round up", "a round down", "seconds"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     for mean in summary(rows):

@@ -83,13 +83,16 @@ def test_the_summary_is_the_mean_over_seeds(rows: list[Row]) -> None:
 def test_every_case_is_a_plan_and_changes_nothing_else() -> None:
     base = SplitPlan.from_toml(split_training.PLAN)
     names = [case.what for case in CASES]
-    assert len(set(names)) == len(names) == 11
+    assert len(set(names)) == len(names) == 13
     for case in CASES:
         plan, own = plan_of(case, base, 1).model_dump(), {"rounds", "switch", "users", "seed", *case.changes}
         assert {key for key, value in base.model_dump().items() if plan[key] != value} <= own, case.what
+        assert plan["users"]["size"] == len(case.has)
+        assert plan["users"]["some_modalities"] == (case.what == "one modality, taking part")
 
 
 def test_users_share_no_example() -> None:
     first, second = deal({"label": np.zeros(1200)}, seed=0)
     assert len(first) == len(second) == split_training.EXAMPLES
     assert not set(first) & set(second)
+    np.testing.assert_array_equal(deal({"label": np.zeros(1500)}, seed=0, users=1)[0], deal({"label": np.zeros(1500)}, 0, 3)[0])
