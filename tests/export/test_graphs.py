@@ -15,6 +15,7 @@ from export.trace import forward_graph, graph_text
 from export.worker import lower
 from lamina.errors import CutError
 from tests.export.tiny import LAYERS, ONE, TOKENS, TWO, WIDTH, model_of, plan_of
+from tests.export.training_blocks import check_trains
 
 
 def graphs_of(stage, description=ONE, model=None):
@@ -99,3 +100,18 @@ def test_an_executorch_program_for_at_most_two_samples_takes_one():
     two, four = (lower("executorch", through_a_file(forward_graph(layer, (x,), size))) for size in (2, 4))
     check_parity(two.data, "executorch", "frozen", "the layer", layer, (x,))
     assert four.arena_bytes / two.arena_bytes == pytest.approx(2, rel=0.05)
+
+
+class WithSmallConstant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        scales = torch.tensor([0.5, 2.0] * (WIDTH // 2))
+        return self.linear(x) * scales * scales + x
+
+
+@pytest.mark.parametrize("engine", ["executorch", "onnxruntime"])
+def test_a_small_constant_of_the_code_is_in_the_joint_graph(engine):
+    check_trains(engine, WithSmallConstant(), TOKENS, WIDTH)
