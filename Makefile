@@ -45,7 +45,7 @@ bench: bench-engines bench-memory bench-transfers bench-reductions bench-accurac
 bench-engines: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.engines
 
-# Without ExecuTorch for the pair: lowering its 18 blocks end to end takes a quarter of an hour.
+# Without ExecuTorch for the pair: lowering its 18 blocks end to end takes many minutes.
 bench-memory: $(VENV)/.ready
 	$(BIN)/lamina bench memory --workload vit12 --engine eager,onnxruntime,executorch --micro-batch 1 --steps 3 \
 		--output benchmarks/results/memory.json
