@@ -325,6 +325,7 @@ def test_a_shared_program_is_loaded_once_and_survives_being_closed(tmp_path: Pat
     assert not any(program.is_open for program in engine.loaded)
 
 
+@pytest.mark.slow
 def test_a_device_without_a_modality_trains_the_rest_and_calibration_needs_data_of_its_own(
     files: list[Path], tmp_path: Path
 ) -> None:

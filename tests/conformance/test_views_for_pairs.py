@@ -162,6 +162,7 @@ def test_equal_layers_of_two_modalities_are_one_program(engine, shared_folder, p
     assert second[0] == second[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", LOWERED[MICRO.name], indirect=True)
 def test_two_views_in_micro_batches_have_the_gradient_of_the_batch_and_need_no_label(engine, shared_folder, program_cache):
     folder, manifest = bundle_of(MICRO, shared_folder, program_cache)

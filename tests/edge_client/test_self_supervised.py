@@ -146,6 +146,7 @@ def test_the_first_step_is_that_of_its_own_copies(houses):
         np.testing.assert_array_equal(copy.values, np.concatenate(copy.originals()))
 
 
+@pytest.mark.slow
 def test_a_killed_round_is_trained_again_to_the_same_bits(houses, tmp_path):
     """Also with the state of the round before it, and its own state already written."""
     house = houses("moco")

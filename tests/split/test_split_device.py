@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from lamina.bundle import MANIFEST
 from lamina.split import FUSION, MIDDLE, task_adapter
@@ -10,6 +11,7 @@ from lamina.split_manifest import SplitManifest
 from tests.split.house import loopback, varied, write_data
 
 
+@pytest.mark.slow
 def test_two_users_learn_without_sending_a_single_activation(device_bundle: Path, tmp_path: Path) -> None:
     changes = {"rounds": 4, "switch": {"window": 2, "threshold": 1e6}}
     folder, manifest = varied(device_bundle, tmp_path / "bundle", **changes)
