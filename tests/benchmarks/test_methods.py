@@ -12,7 +12,20 @@ from hypothesis import strategies as st
 
 from benchmarks.methods import run as runner
 from benchmarks.methods.bounds import linear_accuracy
-from benchmarks.methods.cells import CENTRALISED, LINEAR, POOLED, UNTRAINED, Cell, Setting, all_cells, chosen, usual_setting
+from benchmarks.methods.cells import (
+    CENTRALISED,
+    LINEAR,
+    LONG_ROUNDS,
+    MANY,
+    POOLED,
+    ROUNDS,
+    UNTRAINED,
+    Cell,
+    Setting,
+    all_cells,
+    chosen,
+    usual_setting,
+)
 from benchmarks.methods.data_sets import DATA_SETS, DataSet, Loaded, amplitudes, client_rows, deal, deal_server
 from benchmarks.methods.gradients import GradientProbe, gradient_table, summarise_gradients
 from benchmarks.methods.plans import METHODS, OPTIONS, PARTIAL, REAL, SELF_SUPERVISED, strategy_plan
@@ -238,6 +251,11 @@ def test_cells_differ_in_name_and_the_first_seed_of_all_comes_first() -> None:
     assert {cell.method for cell in cells} == methods
     assert {cell.data for cell in cells} == set(DATA_SETS)
     assert {cell.setting.participation for cell in cells} == {0.25, 0.5, 1.0}
+
+
+def test_a_long_run_is_compared_with_long_runs_alone() -> None:
+    usual, long = (Cell("fashion", "fedssl", MANY, 0, rounds).as_row() for rounds in (ROUNDS, LONG_ROUNDS))
+    assert usual["setting"] == str(MANY) and long["setting"] == f"{MANY}, 90 rounds"
 
 
 def test_cells_are_chosen_by_all_words_of_any_choice() -> None:

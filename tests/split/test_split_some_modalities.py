@@ -22,11 +22,11 @@ def users(size: int) -> dict[str, object]:
 
 
 def run(
-    bundle: Path, folder: Path, sets: list[tuple[str, ...]], rounds: int
+    bundle: Path, folder: Path, sets: list[tuple[str, ...]], rounds: int, **changes: object
 ) -> tuple[SplitStatus, SplitManifest, dict[str, dict]]:
     """A run of users with these modalities; its status, and the tensors of the trained parts at its end."""
     folder.mkdir(exist_ok=True)
-    made, manifest = varied(bundle, folder / "bundle", rounds=rounds, users=users(len(sets)))
+    made, manifest = varied(bundle, folder / "bundle", rounds=rounds, users=users(len(sets)), **changes)
     files = [write_data(folder / f"{index}.npz", seed=index, has=has) for index, has in enumerate(sets)]
     with loopback(folder) as house:
         name = house.publish(made, manifest)
@@ -69,6 +69,16 @@ def test_a_user_with_one_modality_sends_its_own_parts_and_activations_alone(mixe
     for fused in (False, True):
         assert [spec.name for spec in features_down(plan, 2, fused, EAR)] == ["audio"]
     assert plan.sent(False, EAR) == [modality_adapter("audio"), classifier("audio")]
+
+
+def test_after_the_switch_users_with_some_modalities_go_on_with_the_loss_of_what_they_have(
+    server_bundle: Path, tmp_path: Path
+) -> None:
+    status, _, _ = run(server_bundle, tmp_path, [ALL, EYE], rounds=4, switch={"window": 2, "threshold": 1e6})
+    assert [row.fused for row in status.rounds] == [False, False, False, True]
+    before, after = (row.users[1].report for row in status.rounds[-2:])
+    assert set(after.loss) == {"image"} and after.fused_loss is None
+    assert after.loss["image"] < before.loss["image"]
 
 
 def test_the_mean_of_a_part_is_over_the_users_that_have_it(server_bundle: Path, tmp_path: Path) -> None:
