@@ -8,16 +8,15 @@ Method     `plans/split/m2fedsa.toml` on AV-Digits clean, with a random backbone
            rounds 0 to 3 come before it; "no transfer" has a threshold that none passes. "on the device" is `party = "device"`
            with int8 layers. The rows of encodings have 4 rounds, of which the last comes after the switch. In "one modality,
            taking part" two more users, of 480 examples each, have images alone and audio alone; in "one modality, left out" the
-           first user is by itself, and in both it alone tests, on all 500. The bounds are eager
-           PyTorch on the examples of both users in one place: as many epochs as there are rounds, the losses of before the
-           switch, the optimiser never started afresh; with the adapters alone, and with all layers trained.
-Not shown  Pretrained backbones, which the method is for; users with some of the modalities; other
-           learning rates than that of the plan file. Bytes of rounds are bodies as a user reports them. A report comes before
-           its own update and evaluation, so `bytes_*_per_round` are means over the reports from the second round on, which hold
-           those of the round before, and `bytes_*_in_all` lack the last update and the last evaluation. The download of the
-           first round has the programs and the device's frozen parts. Wall seconds are those of a shared machine, from the
-           first user's start; CPU seconds are those of the three processes with their start, and of the training alone for the
-           bounds.
+           first user is by itself; neither has transfer, and in both the first user alone tests, on all 500. The bounds are
+           eager PyTorch on the examples of both users in one place: as many epochs as there are rounds, the losses of before
+           the switch, the optimiser never started afresh; with the adapters alone, and with all layers trained.
+Not shown  Pretrained backbones, which the method is for; users with some of the modalities after the switch; other learning
+           rates than that of the plan file. Bytes of rounds are bodies as a user reports them. A report comes before its own
+           update and evaluation, so `bytes_*_per_round` are means over the reports from the second round on, which hold those
+           of the round before, and `bytes_*_in_all` lack the last update and the last evaluation. The download of the first
+           round has the programs and the device's frozen parts. Wall seconds are those of a shared machine, from the first
+           user's start; CPU seconds are those of all processes with their start, and of the training alone for the bounds.
 
     python -m benchmarks.split_training [--seeds 0,1,2] [--rows NAME,NAME] [--fresh]
 
