@@ -1,15 +1,15 @@
 """What is run: cells of (data set, method, setting, seed), in the order in which time is best spent.
 
-    main            labelled data: every method in the data set's usual setting, with the bounds
+    main            labelled data: every method in the data set's usual setting, with lamina's recipe and the bounds
     self-supervised Fashion-MNIST without its labels, and a linear probe; 4 clients, and 32 of which 8 train in a round,
                     in 18 rounds and in 90
     pairs           Emoji-4Style, image and text, contrastive; a drawing style is a client
     real            AV-Digits MEDIUM, layer-wise, through real processes: the same scores as in simulation
-    participation   AV-Digits MEDIUM, 16 clients of which 25, 50 and 100 % train in a round
+    participation   AV-Digits MEDIUM, 16 clients of which 25, 50 and 100 % train in a round; HARD with 25 %
     skew            AV-Digits MEDIUM, 4 clients, Dirichlet 0.1 and 5 beside the usual 0.5
     deep            12 layers instead of 6, and a lean plan: micro-batches, small encodings
-    options         AV-Digits MEDIUM and seglearn: a layer-wise plan with one option each, and the recipe of several
-    lacking         half of the clients have one modality; left out, or taking part
+    options         AV-Digits MEDIUM and seglearn: a layer-wise plan with one option each
+    lacking         half of the clients have one modality; left out, or taking part; also with pairs
     small           half of the clients can hold one layer at a time and no more: end to end goes without them
     modalities      seglearn with one, three and four modalities beside the usual two
 
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, PARTIAL, REAL, SELF_SUPERVISED
+from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, PARTIAL, REAL, RECIPE, SELF_SUPERVISED
 
 CENTRALISED, LINEAR, UNTRAINED = "centralised", "linear", "untrained"
 """Bounds: the baseline's plan on one client that has all data; a linear model on raw values; and, for self-supervised methods,
@@ -101,6 +101,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
     for data in SUPERVISED:
         for method in METHODS:
             yield Cell(data, method, usual_setting(data), seed)
+        yield Cell(data, RECIPE, usual_setting(data), seed)
         yield Cell(data, CENTRALISED, POOLED, seed)
         yield Cell(data, LINEAR, POOLED, seed)
     for method in SELF_SUPERVISED:
@@ -110,20 +111,26 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("fashion", method, MANY, seed, LONG_ROUNDS)
     for bound in (LINEAR, UNTRAINED):
         yield Cell("fashion", bound, POOLED, seed)
-    for method in METHODS:
+    for method in (*METHODS, RECIPE):
         yield Cell("emoji", method, usual_setting("emoji"), seed)
     for method in REAL:
         yield Cell("av_digits_medium", method, USUAL, seed)
     for share in SHARES:
         for method in (BASELINE, "layerwise", "layerwise_2"):
             yield Cell("av_digits_medium", method, Setting("beta=0.5", 16, share), seed)
+    for method in (BASELINE, "layerwise"):
+        yield Cell("av_digits_hard", method, Setting("beta=0.5", 16, 0.25), seed)
     for split in SKEWS:
         for method in METHODS:
             yield Cell("av_digits_medium", method, Setting(split, 4), seed)
     for data in SUPERVISED:
         for method in (BASELINE, "layerwise", "lw_lean"):
             yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
-    for method in OPTIONS:
+    for method in ("fedssl", "lw_fedssl", "lw_fedssl_lean"):
+        yield Cell("fashion_12", method, USUAL, seed, DEEP_ROUNDS)
+    for method in (BASELINE, "layerwise", "lw_lean", "lw_lean_words"):
+        yield Cell("emoji_12", method, NATURAL, seed, DEEP_ROUNDS)
+    for method in (name for name in OPTIONS if name != RECIPE):
         for data in ("av_digits_medium", "seglearn"):
             yield Cell(data, method, usual_setting(data), seed)
     for data, clients, split in (("av_digits_medium", 8, "beta=0.5"), ("seglearn", 0, "natural")):
@@ -131,6 +138,8 @@ def _of_seed(seed: int) -> Iterator[Cell]:
             yield Cell(data, method, Setting(split, clients, lacking=0.5), seed)
         for method in (BASELINE, "layerwise"):
             yield Cell(data, method, Setting(split, clients, small=0.5), seed)
+    for method in ("lw_views", "lw_partial"):
+        yield Cell("emoji", method, Setting("natural", lacking=0.5), seed)
     for data in ("seglearn_1", "seglearn_3", "seglearn_4"):
         for method in (BASELINE, "layerwise"):
             yield Cell(data, method, NATURAL, seed)

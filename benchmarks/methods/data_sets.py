@@ -161,7 +161,7 @@ DATA_SETS: dict[str, DataSet] = {
 }
 DATA_SETS |= {
     f"{name}_12": DataSet(with_layers(DATA_SETS[name].model, 12), DATA_SETS[name].load)
-    for name in ("av_digits_medium", "av_digits_hard", "seglearn")
+    for name in ("av_digits_medium", "av_digits_hard", "seglearn", "fashion", "emoji")
 }
 
 

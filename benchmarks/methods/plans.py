@@ -1,6 +1,6 @@
 """The methods that are compared. A method is a function of (model, rounds, clients, seed) that gives a plan; a line in
-`METHODS`, in `OPTIONS` (one change each of a layer-wise plan), in `PARTIAL` (devices with one modality take part), or in
-`SELF_SUPERVISED` for data whose labels are only looked at by a probe, adds one.
+`METHODS`, in `OPTIONS` (a change of a layer-wise or progressive plan, or several), in `PARTIAL` (devices with one modality take
+part), or in `SELF_SUPERVISED` for data whose labels are only looked at by a probe, adds one.
 
 All of a family are given the same rounds, local epochs, batch and optimiser. A stage's learning rate is the demo's for its
 strategy (`benchmarks.demo_plan`), where it was chosen on AV-Digits for all three; self-supervised stages have one rate.
@@ -10,14 +10,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.demo_plan import LEARNING_RATE, skewed_rounds
-from lamina.model import ModelDescription, SelfSupervised
-from lamina.plan import SGD, AdamW, Augmentation, Calibration, Cohort, DepthDropout, FeatureStore, Plan, StrategyName, Training
+from lamina.model import Contrastive, ModelDescription, SelfSupervised, Supervised
+from lamina.plan import (
+    SGD,
+    AdamW,
+    Augmentation,
+    Calibration,
+    Cohort,
+    DepthDropout,
+    FeatureStore,
+    Plan,
+    SelfTuning,
+    StrategyName,
+    Training,
+)
+from lamina.segments import stem
 from lamina.strategies import make_stages
 
 MakePlan = Callable[[ModelDescription, int, int, int], Plan]
 
 BATCH, LOCAL_EPOCHS = 16, 2
-BASELINE, SELF_SUPERVISED_BASELINE = "end_to_end", "fedssl"
+BASELINE, SELF_SUPERVISED_BASELINE, RECIPE = "end_to_end", "fedssl", "lamina"
 
 
 def strategy_plan(
@@ -62,6 +75,7 @@ def self_supervised_plan(
     objective: SelfSupervised,
     learning_rate: float = 1e-3,
     calibration: Calibration | None = None,
+    layers_per_stage: int = 1,
     **training: object,
 ) -> Plan:
     """The model's encoder with a self-supervised objective; rounds are spread evenly over the stages, as in the papers.
@@ -82,7 +96,7 @@ def self_supervised_plan(
         name=model.name,
         model=model,
         strategy=strategy,
-        stages=make_stages(model, strategy, rounds, learning_rate),
+        stages=make_stages(model, strategy, rounds, learning_rate, layers_per_stage=layers_per_stage),
         training=Training.model_validate(settings | training),
         cohort=Cohort(size=clients, min_updates=clients),
         calibration=calibration,
@@ -99,13 +113,31 @@ METHODS: dict[str, MakePlan] = {
 
 _ZERO: dict[str, Any] = {"zero_init": True}
 _DISTILL: dict[str, Any] = {"distill": 0.5}
-_LEAN: dict[str, Any] = {
-    "micro_batch": 4,
-    "download_encoding": "fp16",
-    "upload_encoding": "int8",
-    "compression": "zstd",
-    "features": FeatureStore(encoding="fp16"),
+_SMALL: dict[str, Any] = {"download_encoding": "fp16", "upload_encoding": "int8", "compression": "zstd"}
+_LEAN: dict[str, Any] = _SMALL | {"micro_batch": 4, "features": FeatureStore(encoding="fp16")}
+_VIEWS: dict[str, Any] = {
+    "augmentation": {"image": Augmentation(shift=4, erase=0.3), "text": Augmentation(erase=0.3)},
+    "features": FeatureStore(views=8),
 }
+_STALL: dict[str, Any] = {"self_tuning": SelfTuning(patience=1, min_improvement=0.05)}
+
+
+def recipe(model: ModelDescription, rounds: int, clients: int, seed: int) -> Plan:
+    """What lamina recommends: two layers per stage that begin as the identity, moments that survive the round, and, where there
+    are classes to distil, distillation from the stage before."""
+    objective = _DISTILL if isinstance(model.objective, Supervised) else None
+    return strategy_plan(model, rounds, clients, seed, "layerwise", 2, more=_ZERO, objective=objective, keep_optimizer=True)
+
+
+def with_words_as_they_start(plan: Plan) -> Plan:
+    """The text's stem is frozen in every stage: its table of words is most of what stage 0 would train, hold and send."""
+    first, *later = plan.stages
+    words = stem("text")
+    active = tuple(name for name in first.active if name != words)
+    first = first.model_copy(update={"active": active, "frozen": (words, *first.frozen)})
+    return Plan.model_validate(plan.model_copy(update={"stages": (first, *later)}).model_dump())
+
+
 OPTIONS: dict[str, MakePlan] = {
     "lw_zero_init": lambda *given: strategy_plan(*given, "layerwise", more=_ZERO),
     "lw_warm_up": lambda *given: strategy_plan(*given, "layerwise", warm_up_rounds=1),
@@ -114,33 +146,41 @@ OPTIONS: dict[str, MakePlan] = {
     "lw_gated": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "gated"}),
     "lw_self_attention": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "self_attention"}),
     "lw_proximal": lambda *given: strategy_plan(*given, "layerwise", proximal=0.01),
+    "lw_self_tuning": lambda *given: strategy_plan(*given, "layerwise", more=_STALL),
     "lw2_zero_init": lambda *given: strategy_plan(*given, "layerwise", 2, more=_ZERO),
+    "prog_zero_init": lambda *given: strategy_plan(*given, "progressive", more=_ZERO),
     "lw_lean": lambda *given: strategy_plan(*given, "layerwise", **_LEAN),
-    "lamina": lambda *given: strategy_plan(*given, "layerwise", 2, more=_ZERO, objective=_DISTILL, keep_optimizer=True),
+    RECIPE: recipe,
 }
+"""For labelled data, and, but for what changes a supervised objective, for pairs."""
+PAIRS: dict[str, MakePlan] = {
+    "lw_lean_words": lambda *given: with_words_as_they_start(strategy_plan(*given, "layerwise", **_LEAN)),
+    "lw_views": lambda *given: strategy_plan(*given, "layerwise", **_VIEWS),
+}
+"""For image and text: a table of words that stays as it starts; and, by itself, the augmentation that `PARTIAL` needs."""
 
 
-def with_some_modalities(make: MakePlan) -> MakePlan:
-    """Devices with one modality take part too."""
+def with_some_modalities(strategy: StrategyName) -> MakePlan:
+    """Devices with one modality take part too; of pairs, they train two augmented views."""
 
-    def changed(model: ModelDescription, rounds: int, clients: int, seed: int) -> Plan:
-        plan = make(model, rounds, clients, seed)
-        settings = plan.model_dump() | {"device_modalities": [[modality] for modality in model.modalities]}
-        return Plan.model_validate(settings)
+    def make(model: ModelDescription, rounds: int, clients: int, seed: int) -> Plan:
+        alone: dict[str, Any] = {"device_modalities": [[modality] for modality in model.modalities]}
+        views = _VIEWS if isinstance(model.objective, Contrastive) else {}
+        return strategy_plan(model, rounds, clients, seed, strategy, more=alone, **views)
 
-    return changed
+    return make
 
 
 PARTIAL: dict[str, MakePlan] = {
-    "e2e_partial": with_some_modalities(METHODS["end_to_end"]),
-    "lw_partial": with_some_modalities(METHODS["layerwise"]),
+    "e2e_partial": with_some_modalities("end_to_end"),
+    "lw_partial": with_some_modalities("layerwise"),
 }
 
 REAL: dict[str, MakePlan] = {"layerwise_real": METHODS["layerwise"]}
 """Run by real processes over HTTP, not in simulation (`benchmarks.federated`)."""
 
 _MOCO, _SIMCLR = SelfSupervised(method="moco"), SelfSupervised(method="simclr")
-_ALIGNED = SelfSupervised(method="moco", align=0.5)
+_ALIGNED, _MOON = SelfSupervised(method="moco", align=0.5), SelfSupervised(method="moco", moon=0.5)
 _CALIBRATION = Calibration(data="500 images of the server", learning_rate=1e-3)
 _FRESH = FeatureStore(views=8, keep="round")
 _FLL = {"optimizer": SGD(momentum=0.9)}
@@ -148,8 +188,11 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "fedssl": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO),
     "lw_fedssl": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO),
     "prog_fedssl": lambda *given: self_supervised_plan(*given, "progressive", _MOCO),
+    "lw_fedssl_2": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, layers_per_stage=2),
+    "lw_fedssl_lean": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, **_SMALL),
     "lw_fedssl_proximal": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, proximal=0.01),
     "lw_fedssl_aligned": lambda *given: self_supervised_plan(*given, "layerwise", _ALIGNED),
+    "lw_fedssl_moon": lambda *given: self_supervised_plan(*given, "layerwise", _MOON),
     "lw_fedssl_calibrated": lambda *given: self_supervised_plan(
         *given, "layerwise", _ALIGNED, calibration=_CALIBRATION, features=_FRESH
     ),

@@ -19,10 +19,11 @@ from benchmarks.methods.cells import CENTRALISED, LINEAR, UNTRAINED, Cell
 from benchmarks.methods.costs import costs_of
 from benchmarks.methods.data_sets import DATA_SETS, Loaded, deal, deal_server
 from benchmarks.methods.gradients import GradientProbe
-from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, PARTIAL, REAL, SELF_SUPERVISED, SELF_SUPERVISED_BASELINE
+from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, PAIRS, PARTIAL, REAL, SELF_SUPERVISED, SELF_SUPERVISED_BASELINE
 from benchmarks.methods.retrieval import both_ways
+from benchmarks.methods.stage_start import StageStartProbe
 from benchmarks.methods.trained import TrainedModel
-from benchmarks.simulation import OnRound, SimulationResult, simulate
+from benchmarks.simulation import OnRound, ReadWeights, Round, SimulationResult, simulate
 from lamina.errors import ConfigError, LaminaError
 from lamina.manifest import EngineName
 from lamina.names import LABEL
@@ -37,7 +38,7 @@ def plan_of(cell: Cell) -> Plan | None:
     if cell.method == LINEAR:
         return None
     name = {CENTRALISED: BASELINE, UNTRAINED: SELF_SUPERVISED_BASELINE}.get(cell.method, cell.method)
-    methods = METHODS | OPTIONS | PARTIAL | REAL | SELF_SUPERVISED
+    methods = METHODS | OPTIONS | PAIRS | PARTIAL | REAL | SELF_SUPERVISED
     if name not in methods or cell.data not in DATA_SETS:
         raise ConfigError(f"{cell.key}: known methods are {', '.join(methods)}; known data {', '.join(DATA_SETS)}")
     clients = max(1, round(cell.setting.clients * cell.setting.participation))
@@ -70,13 +71,24 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             return row | run_processes(plan, files, folder / "run") | {"seconds": time.monotonic() - started}
         server = deal_server(loaded, folder / "data") if plan.calibration else None
         exported = time.monotonic()
-        probed = GradientProbe(plan, loaded.train) if cell.method in METHODS and LABEL in loaded.train else None
-        on_round: OnRound = probed or (lambda *_: None)
-        result = simulate(plan, files, folder / "run", ENGINE, cell.setting.participation, on_round, server)
+        is_labelled = plan.model.objective.kind == "supervised"
+        gradients = GradientProbe(plan, loaded.train) if cell.method in METHODS and is_labelled else None
+        starts = StageStartProbe(plan, loaded.test) if len(plan.stages) > 1 and is_labelled else None
+        probes = [probe for probe in (gradients, starts) if probe is not None]
+        result = simulate(plan, files, folder / "run", ENGINE, cell.setting.participation, _all_of(probes), server)
     seconds = {"seconds": time.monotonic() - started, "simulate_seconds": time.monotonic() - exported}
-    row |= {"gradient_by_round": probed.by_round} if probed else {}
+    row |= {"gradient_by_round": gradients.by_round} if gradients else {}
+    row |= {"stage_starts": starts.by_stage} if starts else {}
     row |= {"engine": ENGINE}
     return row | score(result, loaded) | describe(result) | {"cpu_seconds": result.cpu_seconds} | seconds
+
+
+def _all_of(probes: Sequence[OnRound]) -> OnRound:
+    def on_round(each: Round, read_weights: ReadWeights) -> None:
+        for probe in probes:
+            probe(each, read_weights)
+
+    return on_round
 
 
 def run_processes(plan: Plan, files: Sequence[Path], folder: Path) -> dict[str, Any]:

@@ -13,13 +13,15 @@ from rich.table import Table
 from benchmarks.methods.cells import usual_setting
 from benchmarks.methods.plans import BASELINE, SELF_SUPERVISED_BASELINE
 
-COSTS = ("planned_bytes", "train_macs_per_sample_with_cache", "bytes_moved")
+COSTS = ("planned_bytes", "train_macs_per_sample_with_cache", "bytes_moved", "cpu_seconds")
 NOTES = (
     "memory: weights, gradients, optimiser moments and activations of one batch, as planned at export, in the largest stage. "
     "FLOPs: multiply-accumulates of one sample in every local epoch of the run, trained parts 3 x forward, and each frozen "
     "segment once, because its output is kept. Bytes: blobs and updates of one device over the run, programs included, heads "
-    "included, without JSON messages. Memory and FLOPs do not depend on the machine. Drop: points from the last round of a "
-    "stage to the first of the next, on average.",
+    "included, without JSON messages. Memory and FLOPs do not depend on the machine. CPU: seconds of all devices over the run, "
+    "features and evaluations included, the export not; rows may be of different days of a noisy machine. Shock: points that "
+    "the model loses when a stage attaches its layers, before they train; drop: from the last round of a stage to the end of "
+    "the first of the next. Both are means over the changes of stages.",
 )
 
 
@@ -49,8 +51,9 @@ def _entry(mine: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
         "points_to_end_to_end": statistics.mean(points) if points else None,
         "points_range": [min(points), max(points)] if points else None,
     }
-    drops = [drop for row in mine if (drop := stage_drop(row)) is not None]
-    entry["drop_at_stage_change_points"] = statistics.mean(drops) if drops else None
+    for name, measure in (("shock_at_stage_start_points", stage_shock), ("drop_at_stage_change_points", stage_drop)):
+        found = [points for row in mine if (points := measure(row)) is not None]
+        entry[name] = statistics.mean(found) if found else None
     for cost in COSTS:
         means = [statistics.mean(row[cost] for row in rows) if rows and cost in rows[0] else None for rows in (mine, baseline)]
         entry[cost] = means[0]
@@ -67,6 +70,18 @@ def stage_drop(row: dict[str, Any]) -> float | None:
         if stages[at] != stages[at - 1] and scores[at] is not None and scores[at - 1] is not None
     ]
     return statistics.mean(changes) if changes else None
+
+
+def stage_shock(row: dict[str, Any]) -> float | None:
+    """By how many points a model with a stage's new layers, not yet trained, is below the last round before, on average over
+    the stages; None where that was not measured."""
+    stages, scores = row.get("stage_by_round", []), row.get("accuracy_by_round", [])
+    last_of = {stage: score for stage, score in zip(stages, scores, strict=True) if score is not None}
+    shocks = []
+    for start in row.get("stage_starts", ()):
+        before = [score for stage, score in last_of.items() if stage < start["stage"]]
+        shocks += [100 * (before[-1] - start["accuracy"])] if before else []
+    return statistics.mean(shocks) if shocks else None
 
 
 def bars(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -93,7 +108,22 @@ def bars(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-HEADINGS = ("data", "setting", "method", "seeds", "score", "sd", "points to e2e", "range", "drop", "memory", "FLOPs", "bytes")
+HEADINGS = (
+    "data",
+    "setting",
+    "method",
+    "seeds",
+    "score",
+    "sd",
+    "points to e2e",
+    "range",
+    "shock",
+    "drop",
+    "memory",
+    "FLOPs",
+    "bytes",
+    "CPU",
+)
 
 
 def table_of(entries: Sequence[dict[str, Any]]) -> Table:
@@ -126,6 +156,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         _shown(entry["score_sd"], "{:.4f}"),
         _shown(entry["points_to_end_to_end"], "{:+.2f}"),
         "-" if entry["points_range"] is None else "{:+.1f} to {:+.1f}".format(*entry["points_range"]),
+        _shown(entry["shock_at_stage_start_points"], "{:+.2f}"),
         _shown(entry["drop_at_stage_change_points"], "{:+.2f}"),
         *(_shown(entry[f"{cost}_times_less"], "{:.2f}x less") for cost in COSTS),
     ]

@@ -28,11 +28,12 @@ from benchmarks.methods.cells import (
 )
 from benchmarks.methods.data_sets import DATA_SETS, DataSet, Loaded, amplitudes, client_rows, deal, deal_server
 from benchmarks.methods.gradients import GradientProbe, gradient_table, summarise_gradients
-from benchmarks.methods.plans import METHODS, OPTIONS, PARTIAL, REAL, SELF_SUPERVISED, strategy_plan
+from benchmarks.methods.plans import METHODS, OPTIONS, PAIRS, PARTIAL, REAL, RECIPE, SELF_SUPERVISED, strategy_plan
 from benchmarks.methods.retrieval import both_ways, recall
 from benchmarks.methods.run import deal_cell, plan_hash, plan_of, run_cell
+from benchmarks.methods.stage_start import StageStartProbe
 from benchmarks.methods.trained import load_weights
-from export.models import build_model
+from export.models import build_model, zero_late_layers
 from lamina.errors import ConfigError, DataError
 from lamina.model import AudioFrames, Contrastive, Encoder, ModelDescription, Projection, Supervised
 
@@ -229,11 +230,23 @@ def test_every_method_makes_a_plan_of_the_same_rounds_for_every_data_set(method:
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_every_option_changes_a_layer_wise_plan_of_labelled_data(method: str) -> None:
-    plain = METHODS["layerwise"](DATA_SETS["seglearn"].model, 18, 4, 7)
+def test_every_option_changes_a_layer_wise_or_progressive_plan_of_labelled_data(method: str) -> None:
     plan = OPTIONS[method](DATA_SETS["seglearn"].model, 18, 4, 7)
-    assert plan.strategy == "layerwise" and sum(stage.rounds for stage in plan.stages) == 18
+    plain = METHODS["progressive" if method.startswith("prog") else "layerwise"](DATA_SETS["seglearn"].model, 18, 4, 7)
+    assert plan.strategy == plain.strategy and sum(stage.rounds for stage in plan.stages) == 18
     assert plan != plain
+
+
+@pytest.mark.parametrize("method", [*PAIRS, RECIPE, "lw_lean", "lw_partial", "e2e_partial"])
+def test_what_is_compared_on_pairs_makes_a_plan_of_them(method: str) -> None:
+    plan = (PAIRS | OPTIONS | PARTIAL)[method](DATA_SETS["emoji_12"].model, 20, 4, 7)
+    assert sum(stage.rounds for stage in plan.stages) == 20 and plan.model.objective.kind == "contrastive"
+
+
+def test_words_stay_as_they_start_in_every_stage_and_the_image_stem_trains_in_the_first() -> None:
+    plan = PAIRS["lw_lean_words"](DATA_SETS["emoji_12"].model, 20, 4, 7)
+    assert all("text.stem" in stage.frozen for stage in plan.stages)
+    assert ["image.stem" in stage.active for stage in plan.stages] == [True] + [False] * 11
 
 
 @pytest.mark.parametrize("method", SELF_SUPERVISED)
@@ -247,7 +260,7 @@ def test_cells_differ_in_name_and_the_first_seed_of_all_comes_first() -> None:
     cells = all_cells([0, 1])
     assert len({cell.key for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    methods = {*METHODS, *OPTIONS, *PARTIAL, *REAL, *SELF_SUPERVISED, CENTRALISED, LINEAR, UNTRAINED}
+    methods = {*METHODS, *OPTIONS, *PAIRS, *PARTIAL, *REAL, *SELF_SUPERVISED, CENTRALISED, LINEAR, UNTRAINED}
     assert {cell.method for cell in cells} == methods
     assert {cell.data for cell in cells} == set(DATA_SETS)
     assert {cell.setting.participation for cell in cells} == {0.25, 0.5, 1.0}
@@ -261,7 +274,7 @@ def test_a_long_run_is_compared_with_long_runs_alone() -> None:
 def test_cells_are_chosen_by_all_words_of_any_choice() -> None:
     cells = all_cells([0])
     assert chosen(cells, "") == cells
-    found = chosen(cells, "seglearn/layerwise/ 18 natural/, emoji end_to_end")
+    found = chosen(cells, "seglearn/layerwise/ 18 natural/, emoji/ end_to_end")
     assert [(cell.data, cell.method) for cell in found] == [("seglearn", "layerwise"), ("emoji", "end_to_end")]
 
 
@@ -298,6 +311,8 @@ def test_a_cell_gives_a_row_with_its_score_its_costs_and_its_course(tiny_data: N
     # Two of three devices in each round: a device computes two thirds of what it would, for 20 examples on average.
     assert 0 < row["device_macs"] < 20 * row["train_macs_per_sample_with_cache"]
     assert row["bytes_moved"] == row["bytes_down"] + row["bytes_up"] > 0
+    # With the layer of stage 1 attached and not yet trained; test rows are not trained on, and of three classes.
+    assert [start["stage"] for start in row["stage_starts"]] == [1] and 0 < row["stage_starts"][0]["accuracy"] <= 1
     assert [[norm is not None for norm in norms] for norms in row["gradient_by_round"]] == [[True, False]] * 2 + [
         [False, True]
     ] * 2
@@ -324,6 +339,34 @@ def test_gradients_are_those_of_the_layers_that_a_stage_trains() -> None:
 
     one = TINY.model_copy(update={"encoders": (TINY.encoder("audio").first(1),)})
     assert probe.by_round == [[pytest.approx(wanted(one, 0), rel=1e-3), None], [None, pytest.approx(wanted(TINY, 1), rel=1e-3)]]
+
+
+def test_a_stages_start_is_the_model_with_its_new_layer_as_it_was_made() -> None:
+    loaded = load_tiny(0)
+    for zero_init in (False, True):
+        plan = strategy_plan(TINY, 4, 1, 3, "layerwise", more={"zero_init": zero_init})
+        model = build_model(TINY, 3)
+        zero_late_layers(model.segments(), plan)
+        with torch.no_grad():  # a layer that adds much, unless what it adds is zero
+            for parameter in model.segments()["audio.layers.1"].parameters():
+                parameter.mul_(30)
+        weights = {
+            name: {key: p.detach().numpy() for key, p in module.named_parameters()} for name, module in model.segments().items()
+        }
+        probe = StageStartProbe(plan, loaded.test)
+        for number in (0, 1):
+            probe(SimpleNamespace(stage=0, round=number), lambda weights=weights: weights)
+        probe(SimpleNamespace(stage=1, round=1), lambda weights=weights: weights)  # the last stage: nothing begins
+
+        def accuracy(description: ModelDescription, weights: dict[str, dict[str, np.ndarray]] = weights) -> float:
+            eager = build_model(description, 5).eval()
+            load_weights(eager, description, weights)
+            (logits,) = eager(torch.from_numpy(loaded.test["audio"]))
+            return float((logits.argmax(-1).numpy() == loaded.test["label"]).mean())
+
+        one = TINY.model_copy(update={"encoders": (TINY.encoder("audio").first(1),)})
+        assert probe.by_stage == [{"stage": 1, "accuracy": pytest.approx(accuracy(TINY), abs=1e-4)}]
+        assert (accuracy(TINY) == accuracy(one)) == zero_init  # a layer that begins as the identity changes nothing
 
 
 def test_gradients_are_told_by_layer_and_the_first_beside_the_last() -> None:

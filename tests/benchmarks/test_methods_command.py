@@ -12,7 +12,7 @@ from benchmarks.methods.cells import LINEAR, POOLED, Cell, Setting
 from benchmarks.methods.plans import METHODS, strategy_plan
 from benchmarks.methods.plot import draw
 from benchmarks.methods.run import plan_hash
-from benchmarks.methods.summary import COSTS, bars, markdown_of, summarise, table_of
+from benchmarks.methods.summary import COSTS, bars, markdown_of, stage_shock, summarise, table_of
 from lamina.errors import ConfigError, DataError
 
 
@@ -108,7 +108,14 @@ def test_the_summary_pairs_seeds_and_compares_costs() -> None:
     assert bound["points_to_end_to_end"] is None and bound["bytes_moved_times_less"] is None and bound["score_sd"] is None
     assert table_of([baseline, layerwise, bound]).row_count == 3
     lines = markdown_of([baseline, layerwise, bound]).splitlines()
-    assert len(lines) == 5 and "| layerwise | 2 | 0.8650 |" in lines[3] and {line.count("|") for line in lines} == {13}
+    assert len(lines) == 5 and "| layerwise | 2 | 0.8650 |" in lines[3] and {line.count("|") for line in lines} == {15}
+
+
+def test_a_shock_is_from_the_last_measured_round_to_the_new_layers_untrained() -> None:
+    row = {"stage_by_round": [0, 0, 2, 2], "accuracy_by_round": [0.4, 0.5, None, 0.6]}
+    assert stage_shock(row) is None
+    starts = [{"stage": 2, "accuracy": 0.3}, {"stage": 3, "accuracy": 0.7}]
+    assert stage_shock(row | {"stage_starts": starts}) == pytest.approx((20 - 10) / 2)
 
 
 def test_bars_are_means_over_data_sets_and_name_the_best_layerwise_method() -> None:
