@@ -6,7 +6,7 @@ whole vectors, and a program sees a changed parameter at its next call.
 A batch goes through the programs in micro-batches, read one at a time, and the gradient is that of the whole batch:
 
     supervised    the loss is a mean over samples, so the gradients of the pieces are added by their share of the batch
-    contrastive   the loss joins all samples: embed every piece, differentiate the loss of the batch with respect to the
+    others        the loss joins all samples: embed every piece, differentiate the loss of the batch with respect to the
                   embeddings, send each piece's part of that back through the piece (cached gradients, arXiv 2101.06983)
 
 References, copies of some tensors from another time, are held only as far as a program asks for them
@@ -166,7 +166,7 @@ class StageModel:
         return loss, correct
 
     def _loss_of(self, read: Read, indices: Indices) -> tuple[float, int, list[Array]]:
-        """Loss of the batch, how many were correct, and the gradient of the loss for the embeddings of each modality."""
+        """Loss of the batch, how many were correct, and the gradient of the loss for each embedding."""
         names = [spec.name for spec in self._programs["loss"].inputs]
         modalities = [name for name in names if name != LABEL]
         pieces: list[list[Array]] = []

@@ -99,8 +99,9 @@ def held_values(plan: Plan, parameters: int, references: Iterable[int]) -> int:
 
 
 def embedding_bytes(plan: Plan) -> int:
-    """The embeddings of a whole batch, or their gradients, which take their place: all modalities, float32."""
-    return 4 * plan.training.batch_size * plan.model.projection.output * len(plan.model.modalities)
+    """The embeddings of a whole batch, or their gradients, which take their place: all modalities or both views, float32."""
+    views = 2 if isinstance(plan.model.objective, SelfSupervised) else 1
+    return 4 * plan.training.batch_size * plan.model.projection.output * len(plan.model.modalities) * views
 
 
 def peak_live_bytes(program: ExportedProgram, batch: int) -> int:

@@ -65,8 +65,8 @@ def fits(
     for layers in _layer_counts(plan):
         staged = _with_layers(plan, layers)
         for micro in _micro_batches(plan):
-            # One trace serves all micro-batches; a contrastive step of one program and one of three are two.
-            is_split = plan.model.objective.kind == "contrastive" and micro < plan.training.batch_size
+            # One trace serves all micro-batches; where samples are compared, a step of one program and one of three are two.
+            is_split = plan.model.objective.kind != "supervised" and micro < plan.training.batch_size
             if (layers, is_split) not in traced:
                 traced[layers, is_split] = _trace(staged, is_split, on_progress)
             choice = _choose(staged, layers, micro, traced[layers, is_split], engine, base, memory_bytes, disk_bytes, examples)
@@ -77,7 +77,7 @@ def fits(
                 smallest = choice
     assert smallest is not None
     if not found:
-        smaller_batch = " or batch_size" if plan.model.objective.kind == "self_supervised" else ""
+        smaller_batch = " or batch_size" if _takes_whole_batches(plan) else ""
         raise ConfigError(
             f"{memory_bytes / MIB:.0f} MiB are too few for {plan.model.name!r} on {engine}: the smallest that would do is "
             f"about {ceil(smallest.peak_bytes / MIB)} MiB, with micro-batch {smallest.plan.training.micro_batch} and "
@@ -182,9 +182,14 @@ def _with_layers(plan: Plan, layers: int) -> Plan:
     return plan.model_copy(update={"stages": stages})
 
 
+def _takes_whole_batches(plan: Plan) -> bool:
+    objective = plan.model.objective
+    return objective.kind == "self_supervised" and objective.has_copies
+
+
 def _micro_batches(plan: Plan) -> list[int]:
-    """The plan's own, then halves of it down to 1; self-supervised programs take the whole batch."""
-    if plan.model.objective.kind == "self_supervised":
+    """The plan's own, then halves of it down to 1."""
+    if _takes_whole_batches(plan):
         return [plan.training.batch_size]
     sizes, size = [], plan.training.samples_in_memory
     while size > 1:

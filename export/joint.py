@@ -4,8 +4,8 @@
     loss_graph        (embeddings, and the label if there is one) -> loss, correct, gradient of the loss for each embedding
     backward_graph    (weights, inputs and gradients of the embeddings) -> gradient for each weight
 
-The last two are the halves of a contrastive step in micro-batches (`lamina.manifest`). Each graph is made from a forward
-graph of `export.trace`.
+The last two are the halves of a step in micro-batches, of a loss that compares samples (`lamina.manifest`). Each graph is made
+from a forward graph of `export.trace`.
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ def joint_graph(forward: ExportedProgram, weight_names: Sequence[str]) -> Export
 
 
 def loss_graph(forward: ExportedProgram) -> ExportedProgram:
-    """The loss of a whole batch, differentiated by the embeddings. The forward graph takes one embedding for each modality, and
-    then the label if there is one."""
+    """The loss of a whole batch, differentiated by the embeddings. The forward graph takes one embedding for each modality or
+    view, and then the label if there is one."""
     run = forward.module()
 
     def step(weights: Arrays, inputs: Arrays) -> Arrays:

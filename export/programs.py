@@ -29,7 +29,7 @@ from export.trace_errors import explain
 from export.worker import LoweredProgram
 from lamina.errors import CutError, ExportError
 from lamina.manifest import EngineName, Precision, Program, ProgramReference, Role, gradient_input
-from lamina.model import Contrastive, ModelDescription
+from lamina.model import Contrastive, ModelDescription, SelfSupervised, Supervised
 from lamina.names import ANY_MODALITY, second_view
 from lamina.plan import Plan, Stage
 from lamina.segments import TensorSpec
@@ -42,8 +42,8 @@ FROZEN_INPUT = "x"
 
 def needs_embeddings(plan: Plan) -> bool:
     """Whether a stage's step is embed, loss, backward (`lamina.manifest`) instead of one program on the whole batch."""
-    is_contrastive = isinstance(plan.model.objective, Contrastive)
-    return is_contrastive and plan.training.samples_in_memory < plan.training.batch_size
+    compares_samples = not isinstance(plan.model.objective, Supervised)
+    return compares_samples and plan.training.samples_in_memory < plan.training.batch_size
 
 
 def stage_terms(plan: Plan, stage: Stage) -> Terms:
@@ -164,8 +164,12 @@ class ProgramSet:
         return keys, forward
 
     def add_loss(self) -> Keys:
-        """Keys of the contrastive loss of a whole batch. It takes 1..batch_size samples: no operation of it asks for more."""
+        """Keys of the contrastive loss of a whole batch, or of SimCLR's. It takes 1..batch_size samples: no operation of it
+        asks for more."""
         objective = self.plan.model.objective
+        if isinstance(objective, SelfSupervised):
+            (modality,) = self.plan.model.modalities
+            return self._add_view_loss(modality, objective.temperature)
         assert isinstance(objective, Contrastive)
         inputs = tuple(embedding(self.plan.model, modality) for modality in self.plan.model.modalities)
         inputs += (LABELS,) if objective.classes is not None else ()
@@ -175,8 +179,11 @@ class ProgramSet:
         """Keys of the loss of the two views of a whole batch, for devices with one modality of a contrastive model."""
         objective = self.plan.model.objective
         assert isinstance(objective, Contrastive)
-        inputs = tuple(embedding(self.plan.model, name) for name in (ANY_MODALITY, second_view(ANY_MODALITY)))
-        return self._add_loss("the loss program of two views", TwoViewLoss(objective.temperature), inputs)
+        return self._add_view_loss(ANY_MODALITY, objective.temperature)
+
+    def _add_view_loss(self, modality: str, temperature: float) -> Keys:
+        inputs = tuple(embedding(self.plan.model, name) for name in (modality, second_view(modality)))
+        return self._add_loss("the loss program of two views", TwoViewLoss(temperature), inputs)
 
     def _add_loss(self, label: str, module: nn.Module, inputs: tuple[TensorSpec, ...]) -> Keys:
         batch = self.plan.training.batch_size

@@ -8,11 +8,12 @@ A program is a pure function without weights inside:
 
 `weights` are the tensors of the stage's active segments (train, eval) or of one segment (frozen), in exchange order.
 
-A contrastive loss joins the samples of a batch, so micro-batches need the exact gradient in three steps: embed all
-micro-batches, differentiate the loss of the whole batch with respect to the embeddings, send that back through each
-micro-batch. Where the plan asks for it, a stage's `train` is then a `backward` program and its `eval` an `embed` program:
+A contrastive loss joins the samples of a batch, and so does that of SimCLR. Micro-batches then need three steps for the exact
+gradient: embed all micro-batches, differentiate the loss of the whole batch with respect to the embeddings, send that back
+through each micro-batch. Where the plan asks for it, a stage's `train` is a `backward` program and its `eval` an `embed`
+program:
 
-    embed     (weights..., batch inputs...) -> one embedding (batch, output) for each modality
+    embed     (weights..., batch inputs...) -> one embedding (batch, output) for each modality, or each view
     loss      (embeddings of the whole batch...) -> loss, correct, gradient of the loss for each embedding
     backward  (weights..., batch inputs..., gradients of the embeddings...) -> gradient for each weight
 
@@ -154,7 +155,7 @@ class Manifest(GrowingRecord):
     programs: dict[Sha256, Program]
     frozen_programs: dict[EngineName, dict[str, Sha256]]
     loss_programs: dict[EngineName, Sha256] = Field(default_factory=dict)
-    """Only for contrastive micro-batches: the loss of a whole batch of embeddings, the same in every stage."""
+    """Only for micro-batches where samples are compared: the loss of a whole batch of embeddings, the same in every stage."""
     view_loss_programs: dict[EngineName, Sha256] = Field(default_factory=dict)
     """The same for devices with one modality: the loss of the embeddings of two views."""
     prefix_errors: dict[EngineName, dict[str, float]] = Field(default_factory=dict)

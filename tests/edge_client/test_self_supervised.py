@@ -32,13 +32,14 @@ OBJECTIVES = {
 }
 
 
-def make_plan(method):
+def make_plan(method, micro_batch):
     encoder = Encoder(modality="motion", input=SensorWindows(channels=2, samples=8, patch=4), width=8, heads=2, layers=1)
     model = ModelDescription(
         name="m", encoders=(encoder,), projection=Projection(hidden=8, output=8), objective=OBJECTIVES[method]
     )
     training = Training(
         batch_size=8,
+        micro_batch=micro_batch,
         local_epochs=4,
         optimizer=SGD(momentum=0.9),
         augmentation={"motion": Augmentation(noise=0.2, shift=1)},
@@ -58,9 +59,9 @@ def examples(count, seed):
 class House:
     """A device with 24 examples, in one process, and what it is asked for."""
 
-    def __init__(self, method, folder, cache):
+    def __init__(self, method, micro_batch, folder, cache):
         self.folder, self.engine = folder, load_engine("torch")
-        self.manifest = export_bundle(make_plan(method), folder / "bundle", ("torch",), cache=cache)
+        self.manifest = export_bundle(make_plan(method, micro_batch), folder / "bundle", ("torch",), cache=cache)
         arrays = {f"{split}_motion": examples(count, seed) for seed, (split, count) in enumerate((("train", 24), ("test", 9)))}
         np.savez(folder / "data.npz", **arrays)
         self.data = LocalData(folder / "data.npz", folder / "scratch")
@@ -103,10 +104,11 @@ class House:
 def houses(tmp_path_factory, program_cache):
     made = {}
 
-    def house(method):
-        if method not in made:
-            made[method] = House(method, tmp_path_factory.mktemp(method), program_cache)
-        return made[method]
+    def house(method, micro_batch=None):
+        key = (method, micro_batch)
+        if key not in made:
+            made[key] = House(method, micro_batch, tmp_path_factory.mktemp(method), program_cache)
+        return made[key]
 
     return house
 
@@ -123,6 +125,19 @@ def test_rounds_lower_the_loss_in_training_and_on_test_views(houses, method):
     assert losses[-1] < 0.95 * losses[0]
     assert after.loss < before.loss
     assert 0 <= after.correct <= after.num_examples
+
+
+def test_simclr_in_micro_batches_is_simclr_on_the_whole_batch(houses):
+    """Training and evaluation; 8 samples in pieces of 3, the last one shorter."""
+    whole, pieces = houses("simclr"), houses("simclr", 3)
+    assert set(pieces.job().programs) == {"embed", "loss", "backward"}
+    for house in (whole, pieces):
+        house.parameters = None
+    expected, found = (house.run(house.job())[0] for house in (whole, pieces))
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    np.testing.assert_allclose(pieces.parameters, whole.parameters, atol=1e-5)
+    expected, found = (house.run(house.job("evaluate"))[0] for house in (whole, pieces))
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5) and found.correct == expected.correct
 
 
 @pytest.mark.parametrize("method", OBJECTIVES)

@@ -279,13 +279,18 @@ def test_the_cost_report_counts_them(description):
     )
 
 
-def test_a_self_supervised_plan_keeps_its_batch_when_it_is_fitted():
+def test_a_self_supervised_plan_with_copies_keeps_its_batch_when_it_is_fitted_and_simclr_need_not():
     base, budget = Base(supervisor_bytes=0, talk_bytes=0, train_bytes=0), 1000 * MIB
-    plan = plan_of(with_objective(SelfSupervised(), describe(AUDIO.model_copy(update={"layers": 1}))))
-    (fit,) = fits(plan, "onnxruntime", base, budget)
+    byol, simclr = (
+        plan_of(with_objective(SelfSupervised(method=method), describe(AUDIO.model_copy(update={"layers": 1}))))
+        for method in ("byol", "simclr")
+    )
+    (fit,) = fits(byol, "onnxruntime", base, budget)
     assert fit.plan.training.micro_batch == BATCH and fit.plan.training.features.keep == "round"
     with pytest.raises(ConfigError, match="a smaller model or batch_size"):
-        next(fits(plan, "onnxruntime", base, 1000))
+        next(fits(byol, "onnxruntime", base, 1000))
+    sizes = [fit.plan.training.micro_batch for fit in fits(simclr, "onnxruntime", base, budget)]
+    assert sizes[0] == BATCH and sizes[-1] == 1
 
 
 def test_a_self_supervised_model_is_deployed_without_its_heads():

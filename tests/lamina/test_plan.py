@@ -67,6 +67,7 @@ LEGAL = {
     "supervised": lambda: plan(BOTH),
     "missing modalities, zero start": lambda: plan(BOTH, device_modalities=(("image",), ("depth",)), zero_init=True),
     "self-supervised": lambda: plan(VIEWS, training=Training(**AUGMENTED)),
+    "simclr in micro-batches": lambda: plan(model(SelfSupervised(), "image"), training=Training(micro_batch=4, **AUGMENTED)),
     "calibrated": lambda: plan(
         VIEWS, "progressive", training=Training(**AUGMENTED), calibration=Calibration(data="ours", learning_rate=0.1)
     ),
@@ -125,7 +126,18 @@ def test_every_plan_file_was_read_but_one() -> None:
             lambda: plan(VIEWS, training=Training(**(AUGMENTED | {"features": FeatureStore(views=3)}))),
             "features.views must be even, it is 3",
         ),
-        (lambda: plan(VIEWS, training=Training(micro_batch=4, **AUGMENTED)), "self-supervised programs take the whole batch"),
+        *(
+            (
+                lambda objective=objective: plan(model(objective, "image"), training=Training(micro_batch=4, **AUGMENTED)),
+                "whole batch",
+            )
+            for objective in (
+                SelfSupervised(method="moco"),
+                SelfSupervised(method="byol"),
+                SelfSupervised(moon=0.1),
+                SelfSupervised(align=0.1),
+            )
+        ),
         (
             lambda: plan(PAIR, device_modalities=(("depth",),), training=Training(**AUGMENTED)),
             "a device with depth alone has no pairs and compares two augmented views .* give training.augmentation.depth",
