@@ -113,8 +113,13 @@ METHODS: dict[str, MakePlan] = {
 
 _ZERO: dict[str, Any] = {"zero_init": True}
 _DISTILL: dict[str, Any] = {"distill": 0.5}
-_SMALL: dict[str, Any] = {"download_encoding": "fp16", "upload_encoding": "int8", "compression": "zstd"}
-_LEAN: dict[str, Any] = _SMALL | {"micro_batch": 4, "features": FeatureStore(encoding="fp16")}
+_LEAN: dict[str, Any] = {
+    "micro_batch": 4,
+    "download_encoding": "fp16",
+    "upload_encoding": "int8",
+    "compression": "zstd",
+    "features": FeatureStore(encoding="fp16"),
+}
 _VIEWS: dict[str, Any] = {
     "augmentation": {"image": Augmentation(shift=4, erase=0.3), "text": Augmentation(erase=0.3)},
     "features": FeatureStore(views=8),
@@ -189,7 +194,6 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "lw_fedssl": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO),
     "prog_fedssl": lambda *given: self_supervised_plan(*given, "progressive", _MOCO),
     "lw_fedssl_2": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, layers_per_stage=2),
-    "lw_fedssl_lean": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, **_SMALL),
     "lw_fedssl_proximal": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, proximal=0.01),
     "lw_fedssl_aligned": lambda *given: self_supervised_plan(*given, "layerwise", _ALIGNED),
     "lw_fedssl_moon": lambda *given: self_supervised_plan(*given, "layerwise", _MOON),
@@ -197,6 +201,11 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
         *given, "layerwise", _ALIGNED, calibration=_CALIBRATION, features=_FRESH
     ),
     "lw_fedbyol": lambda *given: self_supervised_plan(*given, "layerwise", SelfSupervised(method="byol")),
+    "fedbyol": lambda *given: self_supervised_plan(*given, "end_to_end", SelfSupervised(method="byol")),
+    "fedsimclr": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR),
+    "lw_fedsimclr_lean": lambda *given: self_supervised_plan(
+        *given, "layerwise", _SIMCLR, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
+    ),
     "lw_fedsimclr": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR),
     "fll": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR, 0.05, **_FLL),
     "fll_depth_dropout": lambda *given: self_supervised_plan(
@@ -209,3 +218,12 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
         features=_FRESH,
     ),
 }
+
+
+def baseline_of(method: str) -> str:
+    """The end-to-end method that a method is compared with: the one of the same objective."""
+    if method not in SELF_SUPERVISED and method != SELF_SUPERVISED_BASELINE:
+        return BASELINE
+    if "byol" in method:
+        return "fedbyol"
+    return "fedsimclr" if "simclr" in method or method.startswith("fll") else SELF_SUPERVISED_BASELINE

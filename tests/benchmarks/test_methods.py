@@ -28,7 +28,7 @@ from benchmarks.methods.cells import (
 )
 from benchmarks.methods.data_sets import DATA_SETS, DataSet, Loaded, amplitudes, client_rows, deal, deal_server
 from benchmarks.methods.gradients import GradientProbe, gradient_table, summarise_gradients
-from benchmarks.methods.plans import METHODS, OPTIONS, PAIRS, PARTIAL, REAL, RECIPE, SELF_SUPERVISED, strategy_plan
+from benchmarks.methods.plans import METHODS, OPTIONS, PAIRS, PARTIAL, REAL, RECIPE, SELF_SUPERVISED, baseline_of, strategy_plan
 from benchmarks.methods.retrieval import both_ways, recall
 from benchmarks.methods.run import deal_cell, plan_hash, plan_of, run_cell
 from benchmarks.methods.stage_start import StageStartProbe
@@ -254,6 +254,16 @@ def test_every_self_supervised_method_makes_a_plan_of_one_modality_without_label
     plan = SELF_SUPERVISED[method](DATA_SETS["fashion"].model, 18, 4, 7)
     assert sum(stage.rounds for stage in plan.stages) == 18 and plan.model.labels is None
     assert plan.training.features.views % 2 == 0
+
+
+def test_a_method_is_compared_with_end_to_end_training_of_its_own_objective() -> None:
+    for methods, data in ((METHODS | OPTIONS | PARTIAL | REAL, "seglearn"), (SELF_SUPERVISED, "fashion")):
+        plans = {name: make(DATA_SETS[data].model, 18, 4, 7) for name, make in methods.items()}
+        for name, plan in plans.items():
+            baseline = plans[baseline_of(name)]
+            assert baseline.strategy == "end_to_end"
+            objectives = [each.model.objective for each in (plan, baseline)]
+            assert len({getattr(objective, "method", objective.kind) for objective in objectives}) == 1
 
 
 def test_cells_differ_in_name_and_the_first_seed_of_all_comes_first() -> None:

@@ -119,8 +119,16 @@ def test_a_shock_is_from_the_last_measured_round_to_the_new_layers_untrained() -
 
 
 def test_bars_are_means_over_data_sets_and_name_the_best_layerwise_method() -> None:
-    def entry(data: str, method: str, points: float | None, setting: str = "natural") -> dict[str, object]:
-        return {"data": data, "setting": setting, "method": method, "points_to_end_to_end": points}
+    def entry(
+        data: str,
+        method: str,
+        points: float | None,
+        setting: str = "natural",
+        times_less: float = 4.0,
+        bytes_less: float = 12.0,
+    ) -> dict[str, object]:
+        costs = {f"{cost}_times_less": times_less for cost in COSTS} | {"bytes_moved_times_less": bytes_less}
+        return {"data": data, "setting": setting, "method": method, "points_to_end_to_end": points} | costs
 
     entries = [
         entry("seglearn", "layerwise", -1.0),
@@ -129,11 +137,14 @@ def test_bars_are_means_over_data_sets_and_name_the_best_layerwise_method() -> N
         entry("emoji", "layerwise", 0.5),
         entry("emoji", "progressive", 3.0),
         entry("emoji", "layerwise", 90.0, setting="beta=5, 4 clients"),
+        entry("seglearn_12", "lw_lean", 0.25, times_less=10.5),
+        entry("seglearn_12", "lamina", 0.75, times_less=10.5, bytes_less=9.0),
     ]
     found = bars(entries)
     assert found["layerwise"]["mean_points"] == pytest.approx(-0.25)
     assert found["progressive"]["by_data"] == {"emoji": {"method": "progressive", "points": 3.0}}
     assert found["best_layerwise"]["by_data"]["seglearn"] == {"method": "layerwise_2", "points": 2.0}
+    assert found["layerwise_at_a_tenth"]["by_data"] == {"seglearn_12": {"method": "lw_lean", "points": 0.25}}
     assert bars([])["layerwise"]["mean_points"] is None
 
 
