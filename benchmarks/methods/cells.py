@@ -3,7 +3,8 @@
     main            labelled data: every method in the data set's usual setting, with lamina's recipe and the bounds
     self-supervised Fashion-MNIST without its labels, and a linear probe; 4 clients, and 32 of which 8 train in a round,
                     in 18 rounds and in 90
-    pairs           Emoji-4Style, image and text, contrastive; a drawing style is a client
+    pairs           Emoji-4Style, image and text, contrastive; a drawing style is a client. AV-Digits MEDIUM without its head,
+                    whose pairs were made by class, and a linear probe
     real            AV-Digits MEDIUM, layer-wise, through real processes: the same scores as in simulation
     participation   AV-Digits MEDIUM, 16 clients of which 25, 50 and 100 % train in a round; HARD with 25 %
     skew            AV-Digits MEDIUM, 4 clients, Dirichlet 0.1 and 5 beside the usual 0.5
@@ -113,6 +114,8 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("fashion", bound, POOLED, seed)
     for method in (*METHODS, RECIPE):
         yield Cell("emoji", method, usual_setting("emoji"), seed)
+    for method in (BASELINE, "layerwise", "lw_classes"):
+        yield Cell("av_digits_pairs", method, USUAL, seed)
     for method in REAL:
         yield Cell("av_digits_medium", method, USUAL, seed)
     for share in SHARES:

@@ -149,6 +149,9 @@ def _watch(inputs: Mapping[str, FamilyInput]) -> ModelDescription:
 DATA_SETS: dict[str, DataSet] = {
     "av_digits_medium": DataSet(AV_DIGITS, lambda seed: load_digits("medium", seed)),
     "av_digits_hard": DataSet(AV_DIGITS, lambda seed: load_digits("hard", seed)),
+    "av_digits_pairs": DataSet(
+        AV_DIGITS.model_copy(update={"objective": Contrastive()}), lambda seed: load_digits("medium", seed)
+    ),
     "seglearn": DataSet(_watch(_SENSORS), load_watch),
     "seglearn_1": DataSet(_watch({"accelerometer": _WINDOWS}), load_one_sensor),
     "seglearn_3": DataSet(_watch(_THREE), load_spectrum_and_sensors),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.demo_plan import LEARNING_RATE, skewed_rounds
-from lamina.model import Contrastive, ModelDescription, SelfSupervised, Supervised
+from lamina.model import Contrastive, ModelDescription, Projection, SelfSupervised, Supervised
 from lamina.plan import (
     SGD,
     AdamW,
@@ -134,6 +134,11 @@ def recipe(model: ModelDescription, rounds: int, clients: int, seed: int) -> Pla
     return strategy_plan(model, rounds, clients, seed, "layerwise", 2, more=_ZERO, objective=objective, keep_optimizer=True)
 
 
+def with_wide_heads(model: ModelDescription) -> ModelDescription:
+    """Projections of 512 and 128 instead of 64 and 32: what the small heads of all other plans are measured against."""
+    return model.model_copy(update={"projection": Projection(hidden=512, output=128)})
+
+
 def with_words_as_they_start(plan: Plan) -> Plan:
     """The text's stem is frozen in every stage: its table of words is most of what stage 0 would train, hold and send."""
     first, *later = plan.stages
@@ -151,6 +156,7 @@ OPTIONS: dict[str, MakePlan] = {
     "lw_gated": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "gated"}),
     "lw_self_attention": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "self_attention"}),
     "lw_proximal": lambda *given: strategy_plan(*given, "layerwise", proximal=0.01),
+    "lw_wide_heads": lambda model, *given: strategy_plan(with_wide_heads(model), *given, "layerwise"),
     "lw_self_tuning": lambda *given: strategy_plan(*given, "layerwise", more=_STALL),
     "lw2_zero_init": lambda *given: strategy_plan(*given, "layerwise", 2, more=_ZERO),
     "prog_zero_init": lambda *given: strategy_plan(*given, "progressive", more=_ZERO),
@@ -161,8 +167,10 @@ OPTIONS: dict[str, MakePlan] = {
 PAIRS: dict[str, MakePlan] = {
     "lw_lean_words": lambda *given: with_words_as_they_start(strategy_plan(*given, "layerwise", **_LEAN)),
     "lw_views": lambda *given: strategy_plan(*given, "layerwise", **_VIEWS),
+    "lw_classes": lambda *given: strategy_plan(*given, "layerwise", objective={"classes": 10}),
 }
-"""For image and text: a table of words that stays as it starts; and, by itself, the augmentation that `PARTIAL` needs."""
+"""Of image and text: a table of words that stays as it starts; and, by itself, the augmentation that `PARTIAL` needs. Of pairs
+that were made by class: all of a class are positives."""
 
 
 def with_some_modalities(strategy: StrategyName) -> MakePlan:

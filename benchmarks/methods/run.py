@@ -1,7 +1,7 @@
 """One cell to its row of results: deal the data, simulate the plan, score the final weights, count the costs.
 
 The score is the test accuracy of a supervised model; the mean of image-to-text and text-to-image recall at 5 of a contrastive
-one; and the accuracy of a linear probe on the final features of a self-supervised one, which has no classes of its own.
+one, where the data say which answers are right; and else the accuracy of a linear probe on the final features.
 """
 
 import statistics
@@ -126,7 +126,7 @@ def score(result: SimulationResult, loaded: Loaded) -> dict[str, Any]:
     if plan.model.objective.kind == "supervised":
         return {"score": result.test_accuracy, "score_is": "test accuracy"}
     model = TrainedModel(plan, result)
-    if plan.model.objective.kind == "self_supervised":
+    if plan.model.objective.kind == "self_supervised" or (loaded.test_groups is None and LABEL in loaded.test):
         return probe(model, loaded, plan.seed)
     if loaded.test_groups is None:
         raise ConfigError(f"{plan.name}: recall needs data that say what counts as the same answer (Loaded.test_groups)")

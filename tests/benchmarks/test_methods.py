@@ -396,6 +396,19 @@ def test_of_a_contrastive_model_the_score_is_recall_and_training_raises_it(tiny_
     assert row["score"] > 0.6  # chance is 5 of 12
 
 
+def test_pairs_whose_right_answers_nobody_knows_are_judged_by_a_probe(tiny_data: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(seed: int) -> Loaded:
+        loaded = load_tiny(seed)
+        parts = (
+            {"image": part["audio"], "text": part["audio"], "label": part["label"]} for part in (loaded.train, loaded.test)
+        )
+        return Loaded(*parts, owner=loaded.owner)
+
+    monkeypatch.setitem(DATA_SETS, "pair", DataSet(PAIR, load))
+    row = run_cell(Cell("pair", "end_to_end", Setting("natural"), 0, rounds=2))
+    assert row["score_is"] == "linear probe accuracy" and row["score"] > 0.5  # three classes far apart: chance is 0.33
+
+
 def test_the_probe_of_an_untrained_model_sees_the_labels_and_the_run_does_not(tiny_data: None) -> None:
     row = run_cell(Cell("fashion_tiny", UNTRAINED, POOLED, 0))
     assert row["score_is"] == "linear probe accuracy" and row["score"] > 0.5  # three classes far apart: chance is 0.33
