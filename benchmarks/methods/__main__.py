@@ -33,6 +33,7 @@ from benchmarks.methods.gradients import gradient_table, summarise_gradients
 from benchmarks.methods.plot import draw
 from benchmarks.methods.run import plan_hash, row_or_error
 from benchmarks.methods.summary import NOTES, bars, markdown_of, summarise, table_of
+from edge_client.memory import PARENT, die_with_parent
 from lamina.errors import ConfigError
 
 RESULT, COMMAND = "methods", "make bench-methods"
@@ -97,7 +98,8 @@ def results(cells: Sequence[Cell], workers: int, seconds: float) -> Iterator[tup
     # One thread for arithmetic in each; a process of its own imports everything anew, and so takes this to heart.
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     waiting = list(reversed(cells))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         running: dict[Future[dict[str, Any] | str], Cell] = {}
         while running or (waiting and time.monotonic() < end):
             while waiting and len(running) < workers and time.monotonic() < end:
@@ -105,6 +107,13 @@ def results(cells: Sequence[Cell], workers: int, seconds: float) -> Iterator[tup
                 running[pool.submit(row_or_error, cell)] = cell
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
+
+
+def _end_with(command: int) -> None:
+    """Lets a worker end with the command, however that ends, also while the worker was starting."""
+    os.environ[PARENT] = str(command)
+    die_with_parent()
+    del os.environ[PARENT]  # it is meant for this process, and not for those that it starts
 
 
 def known_rows() -> list[dict[str, Any]]:

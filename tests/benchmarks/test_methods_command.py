@@ -1,6 +1,10 @@
 """The command of the methods' benchmark: what it runs, keeps and tells. No cell is really run here."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +88,41 @@ def test_a_worker_of_another_process_gives_the_row_or_the_error() -> None:
     ((same, answer),) = command.results([cell], workers=2, seconds=60)
     assert same == cell and isinstance(answer, str) and "known methods are end_to_end" in answer
     assert command.row_or_error.__module__ == "benchmarks.methods.run"
+
+
+_WITH_WORKERS = """
+import multiprocessing, time
+from benchmarks.methods import __main__ as command
+from benchmarks.methods.cells import POOLED, Cell
+
+if __name__ == "__main__":
+    answers = command.results([Cell("seglearn", "unknown", POOLED, seed) for seed in range(3)], workers=2, seconds=60)
+    next(answers)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_command_however_that_ends(tmp_path: Path) -> None:
+    script = tmp_path / "with_workers.py"
+    script.write_text(_WITH_WORKERS)
+    environment = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        workers = [int(pid) for pid in process.stdout.readline().split()]
+        assert workers and all(is_running(pid) for pid in workers)
+        process.kill()
+    end = time.monotonic() + 10
+    while any(is_running(pid) for pid in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """A dead process may stay in the table of processes until its new parent looks at it."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "\nState:\tZ" not in status.read_text()
 
 
 def test_no_cell_is_started_when_the_time_is_up(few: list[str], capsys: pytest.CaptureFixture[str]) -> None:
