@@ -105,7 +105,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell(data, RECIPE, usual_setting(data), seed)
         yield Cell(data, CENTRALISED, POOLED, seed)
         yield Cell(data, LINEAR, POOLED, seed)
-    for method in (name for name in SELF_SUPERVISED if name != "lw_fedsimclr_lean"):
+    for method in (name for name in SELF_SUPERVISED if "lean" not in name):
         yield Cell("fashion", method, USUAL, seed)
     for method in ("fedssl", "lw_fedssl", "prog_fedssl"):
         yield Cell("fashion", method, MANY, seed)
@@ -129,7 +129,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
     for data in SUPERVISED:
         for method in (BASELINE, "layerwise", "lw_lean"):
             yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
-    for method in ("fedsimclr", "lw_fedsimclr", "lw_fedsimclr_lean"):
+    for method in ("fedsimclr", "lw_fedsimclr", "lw_fedsimclr_lean", "lw_fedsimclr_lean_skewed"):
         yield Cell("fashion_12", method, USUAL, seed, DEEP_ROUNDS)
     for method in (BASELINE, "layerwise", "lw_lean", "lw_lean_words"):
         yield Cell("emoji_12", method, NATURAL, seed, DEEP_ROUNDS)

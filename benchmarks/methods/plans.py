@@ -76,9 +76,11 @@ def self_supervised_plan(
     learning_rate: float = 1e-3,
     calibration: Calibration | None = None,
     layers_per_stage: int = 1,
+    is_skewed: bool = False,
     **training: object,
 ) -> Plan:
-    """The model's encoder with a self-supervised objective; rounds are spread evenly over the stages, as in the papers.
+    """The model's encoder with a self-supervised objective. Rounds are spread evenly over the stages, as in the papers, or
+    skewed to stage 0, as in the supervised plans: the stem is trained in no other.
 
     Crops and gains are there because moved, mirrored and noisy images alone taught SimCLR nothing, in a trial before this.
     """
@@ -92,11 +94,12 @@ def self_supervised_plan(
         "features": FeatureStore(views=8),
     }
     model = model.model_copy(update={"objective": objective})
+    rounds_of = skewed_rounds(rounds, -(-encoder.layers // layers_per_stage)) if is_skewed else rounds
     return Plan(
         name=model.name,
         model=model,
         strategy=strategy,
-        stages=make_stages(model, strategy, rounds, learning_rate, layers_per_stage=layers_per_stage),
+        stages=make_stages(model, strategy, rounds_of, learning_rate, layers_per_stage=layers_per_stage),
         training=Training.model_validate(settings | training),
         cohort=Cohort(size=clients, min_updates=clients),
         calibration=calibration,
@@ -202,6 +205,7 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "lw_fedssl": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO),
     "prog_fedssl": lambda *given: self_supervised_plan(*given, "progressive", _MOCO),
     "lw_fedssl_2": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, layers_per_stage=2),
+    "lw_fedssl_skewed": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, is_skewed=True),
     "lw_fedssl_proximal": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, proximal=0.01),
     "lw_fedssl_aligned": lambda *given: self_supervised_plan(*given, "layerwise", _ALIGNED),
     "lw_fedssl_moon": lambda *given: self_supervised_plan(*given, "layerwise", _MOON),
@@ -213,6 +217,9 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "fedsimclr": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR),
     "lw_fedsimclr_lean": lambda *given: self_supervised_plan(
         *given, "layerwise", _SIMCLR, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
+    ),
+    "lw_fedsimclr_lean_skewed": lambda *given: self_supervised_plan(
+        *given, "layerwise", _SIMCLR, is_skewed=True, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
     ),
     "lw_fedsimclr": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR),
     "fll": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR, 0.05, **_FLL),
