@@ -129,7 +129,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
     for data in SUPERVISED:
         for method in (BASELINE, "layerwise", "lw_lean"):
             yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
-    for method in ("fedsimclr", "lw_fedsimclr", "lw_fedsimclr_lean", "lw_fedsimclr_lean_skewed"):
+    for method in ("fedsimclr", "lw_fedsimclr", "lw_fedsimclr_lean", "lw_fedsimclr_lean_ours"):
         yield Cell("fashion_12", method, USUAL, seed, DEEP_ROUNDS)
     for method in (BASELINE, "layerwise", "lw_lean", "lw_lean_words"):
         yield Cell("emoji_12", method, NATURAL, seed, DEEP_ROUNDS)

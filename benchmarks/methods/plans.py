@@ -3,7 +3,8 @@
 part), or in `SELF_SUPERVISED` for data whose labels are only looked at by a probe, adds one.
 
 All of a family are given the same rounds, local epochs, batch and optimiser. A stage's learning rate is the demo's for its
-strategy (`benchmarks.demo_plan`), where it was chosen on AV-Digits for all three; self-supervised stages have one rate.
+strategy (`benchmarks.demo_plan`), where it was chosen on AV-Digits for all three; self-supervised stages have one rate, but for
+`_ours`.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,11 +77,12 @@ def self_supervised_plan(
     learning_rate: float = 1e-3,
     calibration: Calibration | None = None,
     layers_per_stage: int = 1,
-    is_skewed: bool = False,
+    is_ours: bool = False,
     **training: object,
 ) -> Plan:
-    """The model's encoder with a self-supervised objective. Rounds are spread evenly over the stages, as in the papers, or
-    skewed to stage 0, as in the supervised plans: the stem is trained in no other.
+    """The model's encoder with a self-supervised objective. Rounds are spread evenly over the stages, and all strategies have
+    one rate, as in the papers; or, `is_ours`, as the supervised plans have them: rounds skewed to stage 0, which alone trains
+    the stem, and the strategy's own rate.
 
     Crops and gains are there because moved, mirrored and noisy images alone taught SimCLR nothing, in a trial before this.
     """
@@ -94,7 +96,8 @@ def self_supervised_plan(
         "features": FeatureStore(views=8),
     }
     model = model.model_copy(update={"objective": objective})
-    rounds_of = skewed_rounds(rounds, -(-encoder.layers // layers_per_stage)) if is_skewed else rounds
+    rounds_of = skewed_rounds(rounds, -(-encoder.layers // layers_per_stage)) if is_ours else rounds
+    learning_rate = LEARNING_RATE[strategy] if is_ours else learning_rate
     return Plan(
         name=model.name,
         model=model,
@@ -205,7 +208,7 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "lw_fedssl": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO),
     "prog_fedssl": lambda *given: self_supervised_plan(*given, "progressive", _MOCO),
     "lw_fedssl_2": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, layers_per_stage=2),
-    "lw_fedssl_skewed": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, is_skewed=True),
+    "lw_fedssl_ours": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, is_ours=True),
     "lw_fedssl_proximal": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, proximal=0.01),
     "lw_fedssl_aligned": lambda *given: self_supervised_plan(*given, "layerwise", _ALIGNED),
     "lw_fedssl_moon": lambda *given: self_supervised_plan(*given, "layerwise", _MOON),
@@ -218,8 +221,8 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "lw_fedsimclr_lean": lambda *given: self_supervised_plan(
         *given, "layerwise", _SIMCLR, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
     ),
-    "lw_fedsimclr_lean_skewed": lambda *given: self_supervised_plan(
-        *given, "layerwise", _SIMCLR, is_skewed=True, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
+    "lw_fedsimclr_lean_ours": lambda *given: self_supervised_plan(
+        *given, "layerwise", _SIMCLR, is_ours=True, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
     ),
     "lw_fedsimclr": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR),
     "fll": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR, 0.05, **_FLL),
