@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.demo_plan import LEARNING_RATE, skewed_rounds
-from lamina.model import Contrastive, ModelDescription, Projection, SelfSupervised, Supervised
+from lamina.model import Contrastive, ModelDescription, Projection, SelfSupervised
 from lamina.plan import (
     SGD,
     AdamW,
@@ -134,10 +134,9 @@ _STALL: dict[str, Any] = {"self_tuning": SelfTuning(patience=1, min_improvement=
 
 
 def recipe(model: ModelDescription, rounds: int, clients: int, seed: int) -> Plan:
-    """What lamina recommends: two layers per stage that begin as the identity, moments that survive the round, and, where there
-    are classes to distil, distillation from the stage before."""
-    objective = _DISTILL if isinstance(model.objective, Supervised) else None
-    return strategy_plan(model, rounds, clients, seed, "layerwise", 2, more=_ZERO, objective=objective, keep_optimizer=True)
+    """What lamina recommends (plans/lamina.toml): one layer at a time that begins as the identity, micro-batches, and small
+    encodings."""
+    return strategy_plan(model, rounds, clients, seed, "layerwise", more=_ZERO, **_LEAN)
 
 
 def with_wide_heads(model: ModelDescription) -> ModelDescription:
@@ -165,6 +164,7 @@ OPTIONS: dict[str, MakePlan] = {
     "lw_wide_heads": lambda model, *given: strategy_plan(with_wide_heads(model), *given, "layerwise"),
     "lw_self_tuning": lambda *given: strategy_plan(*given, "layerwise", more=_STALL),
     "lw2_zero_init": lambda *given: strategy_plan(*given, "layerwise", 2, more=_ZERO),
+    "lw2_together": lambda *given: strategy_plan(*given, "layerwise", 2, more=_ZERO, objective=_DISTILL, keep_optimizer=True),
     "prog_zero_init": lambda *given: strategy_plan(*given, "progressive", more=_ZERO),
     "lw_lean": lambda *given: strategy_plan(*given, "layerwise", **_LEAN),
     RECIPE: recipe,
