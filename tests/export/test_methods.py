@@ -7,7 +7,7 @@ import torch
 
 from export.assemble import _Network, output_names
 from export.bundle import export_bundle
-from export.cost import TRAINING_FACTOR, forward_macs, held_values
+from export.cost import TRAINING_FACTOR, embedding_bytes, forward_macs, held_values
 from export.cut import cut_stage, example_inputs, find_segments, raw_input
 from export.doctor import examine
 from export.fit import Base, fits
@@ -291,6 +291,7 @@ def test_a_self_supervised_plan_with_copies_keeps_its_batch_when_it_is_fitted_an
         next(fits(byol, "onnxruntime", base, 1000))
     sizes = [fit.plan.training.micro_batch for fit in fits(simclr, "onnxruntime", base, budget)]
     assert sizes[0] == BATCH and sizes[-1] == 1
+    assert embedding_bytes(simclr) == 2 * 4 * BATCH * OUTPUT  # of both views
 
 
 def test_a_self_supervised_model_is_deployed_without_its_heads():
