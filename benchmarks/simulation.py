@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from benchmarks.simulated_device import Device, SharedEngine
 from coordinator.aggregate import Contribution, weighted_mean
 from coordinator.assignments import needed_segments
@@ -109,16 +111,18 @@ def simulate(
     participation: float = 1.0,
     on_round: OnRound = lambda *_: None,
     calibration_file: Path | None = None,
+    model: nn.Module | None = None,
 ) -> SimulationResult:
     """Exports the plan into `folder` and trains it to the end; device i has `files[i]` and is called `device-<i>`.
 
     In each round the share `participation` of the devices trains, drawn as a coordinator with `cohort.pool` draws; the plan's
     own cohort and pool are not used. `calibration_file` is the server's own data, which a plan with `calibration` needs.
+    `model` has the weights to start from, as in `export_bundle`.
     `folder` takes the bundle, the devices' feature caches and the weights; it is the caller's to delete.
 
     Raises ConfigError for a share out of range or missing data, and what exporting and training raise.
     """
-    manifest = export_bundle(plan, folder / "bundle", (engine,))
+    manifest = export_bundle(plan, folder / "bundle", (engine,), model=model)
     simulation = Simulation(manifest, folder / "bundle", files, folder, engine, calibration_file)
     return simulation.run(participation, on_round)
 

@@ -12,6 +12,7 @@
     options         AV-Digits MEDIUM and seglearn: a layer-wise plan with one option each
     lacking         half of the clients have one modality; left out, or taking part; also with pairs
     small           half of the clients can hold one layer at a time and no more: end to end goes without them
+    pretrained      seglearn with six clients, whose model starts at random, or from training on two other subjects
     modalities      seglearn with one, three and four modalities beside the usual two
 
 The first seed of all cells comes first: whenever the work is stopped, what is there covers as much as it can.
@@ -143,6 +144,9 @@ def _of_seed(seed: int) -> Iterator[Cell]:
             yield Cell(data, method, Setting(split, clients, small=0.5), seed)
     for method in ("lw_views", "lw_partial"):
         yield Cell("emoji", method, Setting("natural", lacking=0.5), seed)
+    for data in ("seglearn_six", "seglearn_pretrained"):
+        for method in (BASELINE, "layerwise", "progressive", "lw_zero_init", "lw_warm_up"):
+            yield Cell(data, method, NATURAL, seed)
     for data in ("seglearn_1", "seglearn_3", "seglearn_4"):
         for method in (BASELINE, "layerwise"):
             yield Cell(data, method, NATURAL, seed)

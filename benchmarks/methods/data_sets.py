@@ -5,7 +5,7 @@ is the same data with 12 layers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,15 @@ Arrays = Mapping[str, NDArray[Any]]
 @dataclass(frozen=True)
 class Loaded:
     """Both splits. `owner` has the natural client of each training row, `test_groups` what counts as the same answer in
-    retrieval, `server` rows that no client has, for calibration; None where the data have no such thing."""
+    retrieval, `server` rows that no client has, for calibration, and `public` such rows from which encoders are trained before
+    the run; None where the data have no such thing."""
 
     train: Arrays
     test: Arrays
     owner: NDArray[np.int64] | None = None
     test_groups: NDArray[np.int64] | None = None
     server: Arrays | None = None
+    public: Arrays | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,21 @@ def load_watch(seed: int) -> Loaded:
     train, test = seglearn.split_by_subject(windows, held_out.tolist())
     arrays = ({"accelerometer": p.accelerometer, "gyroscope": p.gyroscope, LABEL: p.label} for p in (train, test))
     return Loaded(*arrays, owner=train.subject)
+
+
+def load_six_subjects(seed: int) -> Loaded:
+    """Two more subjects are nobody's clients."""
+    return replace(load_with_public(seed), public=None)
+
+
+def load_with_public(seed: int) -> Loaded:
+    """As `load_six_subjects`; the windows of these two are public."""
+    loaded = load_watch(seed)
+    owner = loaded.owner
+    assert owner is not None
+    is_public = np.isin(owner, np.random.default_rng([seed, 9]).choice(np.unique(owner), 2, replace=False))
+    clients, public = ({name: rows[mask] for name, rows in loaded.train.items()} for mask in (~is_public, is_public))
+    return Loaded(clients, loaded.test, owner=owner[~is_public], public=public)
 
 
 def load_one_sensor(seed: int) -> Loaded:
@@ -153,6 +170,8 @@ DATA_SETS: dict[str, DataSet] = {
         AV_DIGITS.model_copy(update={"objective": Contrastive()}), lambda seed: load_digits("medium", seed)
     ),
     "seglearn": DataSet(_watch(_SENSORS), load_watch),
+    "seglearn_six": DataSet(_watch(_SENSORS), load_six_subjects),
+    "seglearn_pretrained": DataSet(_watch(_SENSORS), load_with_public),
     "seglearn_1": DataSet(_watch({"accelerometer": _WINDOWS}), load_one_sensor),
     "seglearn_3": DataSet(_watch(_THREE), load_spectrum_and_sensors),
     "seglearn_4": DataSet(_watch(_SENSORS | _SPECTRA), load_spectra),

@@ -20,6 +20,7 @@ from benchmarks.methods.costs import costs_of
 from benchmarks.methods.data_sets import DATA_SETS, Loaded, deal, deal_server
 from benchmarks.methods.gradients import GradientProbe
 from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, PAIRS, PARTIAL, REAL, SELF_SUPERVISED, SELF_SUPERVISED_BASELINE
+from benchmarks.methods.pretraining import pretrained_model
 from benchmarks.methods.retrieval import both_ways
 from benchmarks.methods.stage_start import StageStartProbe
 from benchmarks.methods.trained import TrainedModel
@@ -75,7 +76,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
         gradients = GradientProbe(plan, loaded.train) if cell.method in METHODS and is_labelled else None
         starts = StageStartProbe(plan, loaded.test) if len(plan.stages) > 1 and is_labelled else None
         probes = [probe for probe in (gradients, starts) if probe is not None]
-        result = simulate(plan, files, folder / "run", ENGINE, cell.setting.participation, _all_of(probes), server)
+        start = pretrained_model(plan.model, loaded.public, cell.seed) if loaded.public is not None else None
+        result = simulate(plan, files, folder / "run", ENGINE, cell.setting.participation, _all_of(probes), server, start)
     seconds = {"seconds": time.monotonic() - started, "simulate_seconds": time.monotonic() - exported}
     row |= {"gradient_by_round": gradients.by_round} if gradients else {}
     row |= {"stage_starts": starts.by_stage} if starts else {}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.data import emoji_images, fashion, seglearn
 from benchmarks.data.fetch import cache_folder
 from benchmarks.data.partition import dirichlet_rows, natural_rows
+from benchmarks.methods.data_sets import DATA_SETS
 from lamina.errors import ConfigError, DataError
 
 
@@ -124,6 +125,17 @@ def test_the_watch_data_has_the_windows_that_its_docstring_names() -> None:
     np.testing.assert_array_equal(np.bincount(windows.label), [502, 770, 780, 718, 723, 583, 601])
     counts = np.bincount(windows.subject)[1:]
     assert len(counts) == 10 and (counts.min(), counts.max()) == (295, 561)
+
+
+@needs("seglearn-watch-v1-1.2.5.npz", "seglearn")
+def test_public_subjects_are_neither_clients_nor_the_test() -> None:
+    everybody = seglearn.load_seglearn()
+    six, public = (DATA_SETS[name].load(3) for name in ("seglearn_six", "seglearn_pretrained"))
+    assert six.public is None and public.public is not None
+    assert public.owner is not None and len(np.unique(public.owner)) == 6
+    counts = [len(each["label"]) for each in (public.train, public.test, public.public)]
+    assert sum(counts) == len(everybody.label) and len(public.owner) == counts[0]
+    np.testing.assert_array_equal(six.train["gyroscope"], public.train["gyroscope"])
 
 
 # Fashion-MNIST

@@ -1,6 +1,7 @@
 """`benchmarks.methods`: what is run, what it costs, what is kept, and how the results are told."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.methods import pretraining
 from benchmarks.methods import run as runner
 from benchmarks.methods.bounds import linear_accuracy
 from benchmarks.methods.cells import (
@@ -407,6 +409,23 @@ def test_pairs_whose_right_answers_nobody_knows_are_judged_by_a_probe(tiny_data:
     monkeypatch.setitem(DATA_SETS, "pair", DataSet(PAIR, load))
     row = run_cell(Cell("pair", "end_to_end", Setting("natural"), 0, rounds=2))
     assert row["score_is"] == "linear probe accuracy" and row["score"] > 0.5  # three classes far apart: chance is 0.33
+
+
+def test_a_run_with_public_rows_starts_from_encoders_that_were_trained_on_them(
+    tiny_data: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Cell("tiny", "layerwise", Setting("natural"), 0, rounds=2)
+    from_random = run_cell(cell)["train_loss_by_round"][0]
+    monkeypatch.setitem(DATA_SETS, "tiny", DataSet(TINY, lambda seed: replace(load_tiny(seed), public=load_tiny(7).train)))
+    monkeypatch.setattr(pretraining, "EPOCHS", 8)
+    assert run_cell(cell)["train_loss_by_round"][0] < from_random
+
+    trained, fresh = pretraining.pretrained_model(TINY, load_tiny(7).train, 3).segments(), build_model(TINY, 3).segments()
+    moved = {
+        name: any(bool((a != b).any()) for a, b in zip(part.parameters(), fresh[name].parameters(), strict=True))
+        for name, part in trained.items()
+    }
+    assert moved == {name: name.startswith(("audio.stem", "audio.layers")) for name in fresh}
 
 
 def test_the_probe_of_an_untrained_model_sees_the_labels_and_the_run_does_not(tiny_data: None) -> None:
