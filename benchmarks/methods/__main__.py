@@ -32,7 +32,7 @@ from benchmarks.methods.cells import Cell, all_cells, chosen
 from benchmarks.methods.gradients import gradient_table, summarise_gradients
 from benchmarks.methods.plot import draw
 from benchmarks.methods.run import plan_hash, row_or_error
-from benchmarks.methods.summary import NOTES, bars, markdown_of, summarise, table_of
+from benchmarks.methods.summary import NOTES, bars, markdown_of, recalls_of, summarise, table_of
 from edge_client.memory import PARENT, die_with_parent
 from lamina.errors import ConfigError
 
@@ -139,7 +139,8 @@ def write_rows(rows: Sequence[dict[str, Any]]) -> Path:
     summary = summarise(ordered)
     facts = {"notes": list(NOTES), "bars": bars(summary), "summary": summary, "gradients": summarise_gradients(ordered)}
     path = results_file.write_results(RESULT, COMMAND, ordered, **facts)
-    path.with_suffix(".md").write_text(f"# `{COMMAND}`\n\n{NOTES[0]}\n\n{markdown_of(summary)}")
+    page = (f"# `{COMMAND}`", NOTES[0], markdown_of(summary), recalls_of(summary))
+    path.with_suffix(".md").write_text("\n\n".join(page))
     return path
 
 

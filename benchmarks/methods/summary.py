@@ -12,6 +12,7 @@ from rich.table import Table
 
 from benchmarks.methods.cells import usual_setting
 from benchmarks.methods.plans import baseline_of
+from benchmarks.methods.retrieval import CUTS
 
 COSTS = ("planned_bytes", "train_macs_per_sample_with_cache", "bytes_moved", "cpu_seconds")
 NOTES = (
@@ -47,10 +48,12 @@ def _entry(mine: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
         "score_is": mine[0]["score_is"],
         "seeds": [row["seed"] for row in mine],
         "score_mean": statistics.mean(scores),
-        "score_sd": statistics.stdev(scores) if len(scores) > 1 else None,
+        "score_sd": _mean_and_spread(scores)["sd"],
         "points_to_end_to_end": statistics.mean(points) if points else None,
         "points_range": [min(points), max(points)] if points else None,
     }
+    if "image_to_text_r1" in mine[0]:
+        entry["recall"] = {str(cut): _mean_and_spread([_recall(row, cut) for row in mine]) for cut in CUTS}
     for name, measure in (("shock_at_stage_start_points", stage_shock), ("drop_at_stage_change_points", stage_drop)):
         found = [points for row in mine if (points := measure(row)) is not None]
         entry[name] = statistics.mean(found) if found else None
@@ -59,6 +62,15 @@ def _entry(mine: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
         entry[cost] = means[0]
         entry[f"{cost}_times_less"] = means[1] / means[0] if means[0] and means[1] else None
     return entry
+
+
+def _recall(row: dict[str, Any], cut: int) -> float:
+    """The mean of both ways."""
+    return (float(row[f"image_to_text_r{cut}"]) + float(row[f"text_to_image_r{cut}"])) / 2
+
+
+def _mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
+    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def stage_drop(row: dict[str, Any]) -> float | None:
@@ -163,6 +175,16 @@ def markdown_of(entries: Sequence[dict[str, Any]]) -> str:
     """The same table for a page."""
     lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
     lines += [f"| {' | '.join((entry['data'], entry['setting'], *_cells(entry)))} |" for entry in entries]
+    return "\n".join(lines) + "\n"
+
+
+def recalls_of(entries: Sequence[dict[str, Any]]) -> str:
+    """Recall at 1, 5 and 10 of the data that have it, both ways together: mean and standard deviation over seeds."""
+    headings = ("data", "setting", "method", "seeds", *(f"R@{cut}" for cut in CUTS))
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    for entry in (entry for entry in entries if "recall" in entry):
+        found = [f"{each['mean']:.4f} ({_shown(each['sd'], '{:.4f}')})" for each in entry["recall"].values()]
+        lines.append(f"| {' | '.join((entry['data'], entry['setting'], entry['method'], str(len(entry['seeds'])), *found))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,7 @@ from benchmarks.methods.cells import LINEAR, POOLED, Cell, Setting
 from benchmarks.methods.plans import METHODS, strategy_plan
 from benchmarks.methods.plot import draw
 from benchmarks.methods.run import plan_hash
-from benchmarks.methods.summary import COSTS, bars, markdown_of, stage_shock, summarise, table_of
+from benchmarks.methods.summary import COSTS, bars, markdown_of, recalls_of, stage_shock, summarise, table_of
 from lamina.errors import ConfigError, DataError
 
 
@@ -148,6 +148,19 @@ def test_the_summary_pairs_seeds_and_compares_costs() -> None:
     assert table_of([baseline, layerwise, bound]).row_count == 3
     lines = markdown_of([baseline, layerwise, bound]).splitlines()
     assert len(lines) == 5 and "| layerwise | 2 | 0.8650 |" in lines[3] and {line.count("|") for line in lines} == {15}
+
+
+def test_recalls_are_means_of_both_ways_over_seeds() -> None:
+    def row(seed: int, there: float, back: float) -> dict[str, object]:
+        found = {f"image_to_text_r{cut}": there * cut for cut in (1, 5, 10)}
+        found |= {f"text_to_image_r{cut}": back * cut for cut in (1, 5, 10)}
+        return {**row_of(Cell("emoji", "layerwise", Setting("natural"), seed)), **found}
+
+    (entry,) = summarise([row(0, 0.01, 0.03), row(1, 0.03, 0.05)])
+    assert entry["recall"]["5"] == {"mean": pytest.approx(0.15), "sd": pytest.approx(0.0707, abs=1e-4)}
+    labelled = row_of(Cell("seglearn", "layerwise", Setting("natural"), 0))
+    lines = recalls_of(summarise([row(0, 0.01, 0.03), row(1, 0.03, 0.05), labelled])).splitlines()
+    assert len(lines) == 3 and "| 2 | 0.0300 (0.0141) | 0.1500 (0.0707) | 0.3000 (0.1414) |" in lines[2]
 
 
 def test_a_shock_is_from_the_last_measured_round_to_the_new_layers_untrained() -> None:
