@@ -128,14 +128,15 @@ def split_by_family(pairs: Pairs, seed: int, fraction: float = 0.2) -> tuple[Pai
     return pairs.take(np.flatnonzero(~is_test)), pairs.take(np.flatnonzero(is_test))
 
 
-def make_vocabulary(captions: Sequence[str], least_count: int = 1) -> dict[str, int]:
-    """Words of the training captions that occur in at least `least_count` different ones -> ids from 2, frequent ones first.
+def make_vocabulary(captions: Sequence[str], size: int) -> dict[str, int]:
+    """Words of the training captions -> ids from 2 to below `size`; where there are more words than ids, those that occur in
+    the most different captions. Frequent words come first.
 
     Id 0 pads, id 1 is every other word.
     """
     counts = Counter(word for caption in set(captions) for word in set(split_words(caption)))
-    words = sorted((word for word, count in counts.items() if count >= least_count), key=lambda word: (-counts[word], word))
-    return {word: number for number, word in enumerate(words, start=UNKNOWN + 1)}
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    return {word: number for number, word in enumerate(words[: size - UNKNOWN - 1], start=UNKNOWN + 1)}
 
 
 def tokenise(captions: Sequence[str], vocabulary: Mapping[str, int], length: int) -> NDArray[np.int64]:
