@@ -10,6 +10,7 @@ Times are seconds since 1970 by the coordinator's clock. A round's rows:
 
     teachers      what the active segments of a stage were at the end of the stage before
     variants      the same weights in smaller encodings; made from the float32 ones when first wanted, and again if lost
+    superseded    what the newest weights replaced, until nothing needs it and it is deleted
 
 A column `modalities` has the names of some of the model's modalities, joined by commas; empty: all of them.
 """
@@ -24,7 +25,7 @@ from lamina.manifest import EngineName
 from lamina.tensors import Encoding
 from lamina.wire import DeviceRole
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 UPGRADES: dict[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE places ADD COLUMN download_encoding TEXT NOT NULL DEFAULT 'fp32'",
@@ -43,6 +44,7 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE updates ADD COLUMN modalities TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE evaluations ADD COLUMN modalities TEXT NOT NULL DEFAULT ''",
     ),
+    3: (),
 }
 """What turns the tables of a version into those of the next; new tables are made by themselves."""
 
@@ -95,6 +97,13 @@ class WeightRow(Base):
     run_number: Mapped[int] = mapped_column(ForeignKey("runs.number"), primary_key=True)
     segment: Mapped[str] = mapped_column(primary_key=True)
     blob: Mapped[str]
+
+
+class SupersededRow(Base):
+    """Weights that a segment had in a round before, whose blob is still there."""
+
+    __tablename__ = "superseded"
+    blob: Mapped[str] = mapped_column(primary_key=True)
 
 
 class TeacherRow(Base):

@@ -12,7 +12,7 @@ from sqlalchemy import delete, select
 
 from coordinator.blobs import Blobs
 from coordinator.database import Database
-from coordinator.tables import RunRow, TeacherRow, VariantRow, WeightRow
+from coordinator.tables import RunRow, SupersededRow, TeacherRow, VariantRow, WeightRow
 from lamina.compression import Compression, compress
 from lamina.manifest import Manifest
 from lamina.segments import TensorSpec
@@ -60,24 +60,26 @@ class Variants:
         )
 
     def remove_outdated(self, manifest_of: Callable[[str], Manifest]) -> None:
-        """Deletes the variants of weights that no unfinished run has any more. A device that is still fetching one is told
-        that it is gone and checks in again: its round is over.
+        """Deletes weights that newer ones have replaced, and the variants of weights that no unfinished run has any more. A
+        device that is still fetching one is told that it is gone and checks in again: its round is over.
         """
         with self._making, self._database.write() as session:
             current = set(session.scalars(select(WeightRow.blob).join(RunRow).where(RunRow.is_finished.is_(False))).all())
             rows = session.scalars(select(VariantRow)).all()
             outdated = [row for row in rows if row.master not in current]
-            if not outdated:
+            superseded = set(session.scalars(select(SupersededRow.blob)).all())
+            if not outdated and not superseded:
                 return
-            needed = {row.blob for row in rows if row.master in current} | {row.master for row in rows}
+            needed = {row.blob for row in rows if row.master in current}
             needed |= set(session.scalars(select(WeightRow.blob)).all()) | set(session.scalars(select(TeacherRow.blob)).all())
             for digest in set(session.scalars(select(RunRow.manifest)).all()):
                 needed |= set(manifest_of(digest).blobs)
             # The files first: a row whose file is gone is made again, a file without a row would stay for ever.
-            for blob in {row.blob for row in outdated} - needed:
+            for blob in (superseded | {row.blob for row in outdated}) - needed:
                 if self._blobs.find(blob) is not None:
                     self._blobs.remove(blob)
             session.execute(delete(VariantRow).where(VariantRow.master.in_({row.master for row in outdated})))
+            session.execute(delete(SupersededRow).where(SupersededRow.blob.in_(superseded - needed)))
 
     def _known(self, masters: Iterable[str], encoding: Encoding) -> Known:
         with self._database.read() as session:

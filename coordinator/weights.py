@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
-from coordinator.tables import RunRow, WeightRow
+from coordinator.tables import RunRow, SupersededRow, WeightRow
 from lamina.manifest import Manifest
 from lamina.tensors import Float32, decode_file, encode
 
@@ -30,6 +30,9 @@ def put_segments(house: House, manifest: Manifest, segments: Iterable[str], vect
 
 
 def name_weights(session: Session, run: RunRow, blobs: Mapping[str, str]) -> None:
-    """From the end of this transaction on, these blobs are the run's newest weights."""
+    """From the end of this transaction on, these blobs are the run's newest weights; what they replace can be deleted."""
     for segment, blob in blobs.items():
-        session.get_one(WeightRow, (run.number, segment)).blob = blob
+        row = session.get_one(WeightRow, (run.number, segment))
+        if row.blob != blob:
+            session.merge(SupersededRow(blob=row.blob))
+        row.blob = blob

@@ -493,7 +493,7 @@ def as_json(answer: httpx.Response) -> Any:
 
 def downgrade(state: Path, version: int) -> None:
     """Makes the database of a stopped coordinator one of an older version: without the columns and tables of later ones."""
-    tables = {1: ["variants"], 2: ["calibrations", "teachers"]}
+    tables = {1: ["variants"], 2: ["calibrations", "teachers"], 3: ["superseded"]}
     with sqlite3.connect(state / "coordinator.sqlite") as connection:
         for later in range(version, SCHEMA_VERSION):
             for table in tables[later]:

@@ -56,6 +56,7 @@ def test_all_that_is_attached_is_trained_on_top_of_the_mean(pair, coordinator: I
         assert (to_do.phase, to_do.stage, to_do.modalities) == ("calibrate", stage, ())
         assert calibrator.work() == to_do
         assert to_do.weights == {name: mean[name] for name in manifest.calibrated(stage)}
+        blobs = {name: coordinator.blob(mean[name]) for name in manifest.calibrated(stage)}
         assert calibrator.send(to_do).status_code == 200
 
         new = coordinator.status().weights
@@ -64,7 +65,7 @@ def test_all_that_is_attached_is_trained_on_top_of_the_mean(pair, coordinator: I
         learned = difference_of("server", manifest.specs(manifest.calibrated(stage)), stage, 0)
         for name in manifest.calibrated(stage):
             specs = manifest.segment(name).tensors
-            start = tensors_of(coordinator.blob(mean[name]), specs, tmp_path)
+            start = tensors_of(blobs[name], specs, tmp_path)
             for tensor, value in tensors_of(coordinator.blob(new[name]), specs, tmp_path).items():
                 exact = start[tensor].astype(np.float64) + learned[f"{name}/{tensor}"]
                 np.testing.assert_array_equal(value, exact.astype(np.float32))

@@ -33,12 +33,13 @@ class Run(RuleBasedStateMachine):
         self.accepted: dict[tuple[int, int, str], tuple[Assignment, bytes]] = {}
         self.evaluated: dict[tuple[int, int, str], Assignment] = {}
         self.checked_rounds: set[tuple[int, int]] = set()
-        self.weights = dict(self.bundle.manifest.initial_weights)
+        self.weights: dict[str, bytes] = {}
 
     @initialize()
     def publish(self) -> None:
         self.coordinator.publish(self.bundle)
         self.devices = {name: self.coordinator.join(name, test_examples=index) for index, name in enumerate(NAMES)}
+        self._remember(self.coordinator.status())
 
     @rule(name=device_names)
     def check_in(self, name: str) -> None:
@@ -126,7 +127,7 @@ class Run(RuleBasedStateMachine):
         total = sum(_report(name).num_examples for name in senders)
         for segment_name in manifest.plan.stages[row.stage].active:
             segment = manifest.segment(segment_name)
-            old = tensors_of(self._bytes(self.weights[segment_name]), segment.tensors, self.folder)
+            old = tensors_of(self.weights[segment_name], segment.tensors, self.folder)
             new = tensors_of(self.coordinator.blob(status.weights[segment_name]), segment.tensors, self.folder)
             for tensor, value in new.items():
                 expected = old[tensor].astype(np.float64)
@@ -134,10 +135,11 @@ class Run(RuleBasedStateMachine):
                     learned = difference_of(name, specs, row.stage, row.round)[f"{segment_name}/{tensor}"]
                     expected = expected + learned * (_report(name).num_examples / total)
                 np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-7)
-        self.weights = dict(status.weights)
+        self._remember(status)
 
-    def _bytes(self, digest: str) -> bytes:
-        return self.coordinator.blob(digest)
+    def _remember(self, status: RunStatus) -> None:
+        """The bytes of the newest weights: the coordinator deletes them when newer ones come."""
+        self.weights = {name: self.coordinator.blob(digest) for name, digest in status.weights.items()}
 
     def teardown(self) -> None:
         self.coordinator.stop()

@@ -125,9 +125,9 @@ def test_weights_come_as_agreed_and_the_master_stays_fp32(
                 packed = coordinator.blob(work.compressed_weights[name])
                 assert len(packed) < len(data)
                 assert decompress(packed, "zstd", max_file_bytes(specs)) == data
+        assert {coordinator.blob(digest)[:4096].count(b'"encoding":"fp32"') for digest in masters.values()} == {1}
         assert device.work() == work
         assert device.send(work).status_code == 200
-    assert {coordinator.blob(digest)[:4096].count(b'"encoding":"fp32"') for digest in masters.values()} == {1}
 
 
 def test_devices_of_all_encodings_train_in_one_round(coordinator: InProcess, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_variant_that_is_lost_is_made_again_with_the_same_bytes(coordinator: I
     assert made == ["fp16"]
 
 
-def test_variants_of_weights_that_are_past_are_removed_and_all_else_stays(coordinator: InProcess) -> None:
+def test_weights_that_are_past_are_removed_with_their_variants_and_all_else_stays(coordinator: InProcess) -> None:
     bundle = published(coordinator, encoding="fp16", download_encoding="int8", compression="zstd")
     device = coordinator.join("a", **ALL)
     works, masters = [], [coordinator.status().weights]
@@ -246,10 +246,10 @@ def test_variants_of_weights_that_are_past_are_removed_and_all_else_stays(coordi
         works.append(work)
         device.send(work)
         masters.append(coordinator.status().weights)
-    assert [work.stage for work in works] == [0, 1]
+    assert [work.stage for work in works] == [0, 1] and masters[1]["head"] != masters[2]["head"]
     stored = {path.name for path in (coordinator.state / "blobs").iterdir()}
 
-    assert stored == {bundle.manifest.digest, *bundle.blobs, *(digest for weights in masters for digest in weights.values())}
+    assert stored == {bundle.manifest.digest, *bundle.blobs, *masters[-1].values()}
     missing = coordinator.http.get(f"/v1/blobs/{works[0].weights['head']}", headers=device.headers)
     problem_of(missing, 404, "unknown-name")
     coordinator.restart()
