@@ -127,13 +127,11 @@ def _of_seed(seed: int) -> Iterator[Cell]:
     for split in SKEWS:
         for method in METHODS:
             yield Cell("av_digits_medium", method, Setting(split, 4), seed)
-    for data in SUPERVISED:
+    for data in (*SUPERVISED, "emoji"):
         for method in (BASELINE, "layerwise", "lw_lean"):
             yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
     for method in ("fedsimclr", "lw_fedsimclr", "lw_fedsimclr_lean", "lw_fedsimclr_lean_ours"):
         yield Cell("fashion_12", method, USUAL, seed, DEEP_ROUNDS)
-    for method in (BASELINE, "layerwise", "lw_lean", "lw_lean_words"):
-        yield Cell("emoji_12", method, NATURAL, seed, DEEP_ROUNDS)
     for method in (name for name in OPTIONS if name != RECIPE):
         for data in ("av_digits_medium", "seglearn"):
             yield Cell(data, method, usual_setting(data), seed)

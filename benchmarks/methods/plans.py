@@ -25,7 +25,6 @@ from lamina.plan import (
     StrategyName,
     Training,
 )
-from lamina.segments import stem
 from lamina.strategies import make_stages
 
 MakePlan = Callable[[ModelDescription, int, int, int], Plan]
@@ -146,15 +145,6 @@ def with_wide_heads(model: ModelDescription) -> ModelDescription:
     return model.model_copy(update={"projection": Projection(hidden=512, output=128)})
 
 
-def with_words_as_they_start(plan: Plan) -> Plan:
-    """The text's stem is frozen in every stage: its table of words is most of what stage 0 would train, hold and send."""
-    first, *later = plan.stages
-    words = stem("text")
-    active = tuple(name for name in first.active if name != words)
-    first = first.model_copy(update={"active": active, "frozen": (words, *first.frozen)})
-    return Plan.model_validate(plan.model_copy(update={"stages": (first, *later)}).model_dump())
-
-
 OPTIONS: dict[str, MakePlan] = {
     "lw_zero_init": lambda *given: strategy_plan(*given, "layerwise", more=_ZERO),
     "lw_warm_up": lambda *given: strategy_plan(*given, "layerwise", warm_up_rounds=1),
@@ -173,12 +163,11 @@ OPTIONS: dict[str, MakePlan] = {
 }
 """For labelled data, and, but for what changes a supervised objective, for pairs."""
 PAIRS: dict[str, MakePlan] = {
-    "lw_lean_words": lambda *given: with_words_as_they_start(strategy_plan(*given, "layerwise", **_LEAN)),
     "lw_views": lambda *given: strategy_plan(*given, "layerwise", **_VIEWS),
     "lw_classes": lambda *given: strategy_plan(*given, "layerwise", objective={"classes": 10}),
 }
-"""Of image and text: a table of words that stays as it starts; and, by itself, the augmentation that `PARTIAL` needs. Of pairs
-that were made by class: all of a class are positives."""
+"""Of image and text, the augmentation that `PARTIAL` needs, by itself. Of pairs that were made by class: all of a class are
+positives."""
 
 
 def with_some_modalities(strategy: StrategyName) -> MakePlan:
