@@ -152,6 +152,12 @@ OPTIONS: dict[str, MakePlan] = {
     "lw_distill": lambda *given: strategy_plan(*given, "layerwise", objective=_DISTILL),
     "lw_gated": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "gated"}),
     "lw_self_attention": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "self_attention"}),
+    "lw_co_attention": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "co_attention"}),
+    "lw_sum": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "sum"}),
+    "lw_blend": lambda model, *given: strategy_plan(
+        model, *given, "layerwise", objective={"blend": dict.fromkeys(model.modalities, 0.3)}
+    ),
+    "lw_align": lambda *given: strategy_plan(*given, "layerwise", objective={"align": 0.1}),
     "lw_proximal": lambda *given: strategy_plan(*given, "layerwise", proximal=0.01),
     "lw_wide_heads": lambda model, *given: strategy_plan(with_wide_heads(model), *given, "layerwise"),
     "lw_self_tuning": lambda *given: strategy_plan(*given, "layerwise", more=_STALL),
