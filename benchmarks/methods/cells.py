@@ -142,9 +142,10 @@ def _of_seed(seed: int) -> Iterator[Cell]:
             yield Cell(data, method, Setting(split, clients, small=0.5), seed)
     for method in ("lw_views", "lw_partial"):
         yield Cell("emoji", method, Setting("natural", lacking=0.5), seed)
-    for data in ("seglearn_six", "seglearn_pretrained"):
-        for method in (BASELINE, "layerwise", "progressive", "lw_zero_init", "lw_warm_up"):
-            yield Cell(data, method, NATURAL, seed)
+    for method in (BASELINE, "layerwise"):
+        yield Cell("seglearn_six", method, NATURAL, seed)
+    for method in (BASELINE, "layerwise", "progressive", "lw_zero_init", "lw_warm_up"):
+        yield Cell("seglearn_pretrained", method, NATURAL, seed)
     for data in ("seglearn_1", "seglearn_3", "seglearn_4"):
         for method in (BASELINE, "layerwise"):
             yield Cell(data, method, NATURAL, seed)
