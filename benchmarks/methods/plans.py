@@ -31,8 +31,8 @@ MakePlan = Callable[[ModelDescription, int, int, int], Plan]
 
 BATCH, LOCAL_EPOCHS = 16, 2
 ONE_RATE = 1e-3
-"""For pairs and self-supervised stages. On families of Emoji's training data that were held out for it, layer-wise training of
-pairs at the demo's rate for it, three times higher, found 0.072 instead of 0.117 (recall at 5, seed 0)."""
+"""For pairs and self-supervised stages. The demo's layer-wise rate, three times higher, is too high for pairs; docs/findings.md
+has the trial."""
 BASELINE, SELF_SUPERVISED_BASELINE, RECIPE = "end_to_end", "fedssl", "lamina"
 
 
