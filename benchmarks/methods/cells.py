@@ -9,7 +9,7 @@
     participation   AV-Digits MEDIUM, 16 clients of which 25, 50 and 100 % train in a round; HARD with 25 %
     skew            AV-Digits MEDIUM, 4 clients, Dirichlet 0.1 and 5 beside the usual 0.5
     deep            12 layers instead of 6, and a lean plan: micro-batches, small encodings
-    options         AV-Digits MEDIUM and seglearn: a layer-wise plan with one option each
+    options         AV-Digits MEDIUM and seglearn: a layer-wise plan with one option each; blending with HARD too
     lacking         half of the clients have one modality; left out, or taking part; also with pairs
     small           half of the clients can hold one layer at a time and no more: end to end goes without them
     pretrained      seglearn with six clients, whose model starts at random, or from training on two other subjects
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.methods.plans import BASELINE, METHODS, OPTIONS, PARTIAL, REAL, RECIPE, SELF_SUPERVISED
+from benchmarks.methods.plans import BASELINE, BLENDED, METHODS, OPTIONS, PARTIAL, REAL, RECIPE, SELF_SUPERVISED
 
 CENTRALISED, LINEAR, UNTRAINED = "centralised", "linear", "untrained"
 """Bounds: the baseline's plan on one client that has all data; a linear model on raw values; and, for self-supervised methods,
@@ -124,17 +124,25 @@ def _of_seed(seed: int) -> Iterator[Cell]:
             yield Cell("av_digits_medium", method, Setting("beta=0.5", 16, share), seed)
     for method in (BASELINE, "layerwise"):
         yield Cell("av_digits_hard", method, Setting("beta=0.5", 16, 0.25), seed)
+    for data in ("av_digits_medium", "av_digits_hard"):
+        for method in ("e2e_blend", RECIPE):
+            yield Cell(data, method, Setting("beta=0.5", 16, 0.25), seed)
     for split in SKEWS:
-        for method in METHODS:
+        for method in (*METHODS, "e2e_blend", RECIPE):
             yield Cell("av_digits_medium", method, Setting(split, 4), seed)
     for data in (*SUPERVISED, "emoji"):
         for method in (BASELINE, "layerwise", "lw_lean"):
+            yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
+    for data in SUPERVISED:
+        for method in ("e2e_blend", RECIPE):
             yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
     for method in ("fedsimclr", "lw_fedsimclr", "lw_fedsimclr_lean", "lw_fedsimclr_lean_ours"):
         yield Cell("fashion_12", method, USUAL, seed, DEEP_ROUNDS)
     for method in (name for name in OPTIONS if name != RECIPE):
         for data in ("av_digits_medium", "seglearn"):
             yield Cell(data, method, usual_setting(data), seed)
+    for method in BLENDED:
+        yield Cell("av_digits_hard", method, usual_setting("av_digits_hard"), seed)
     for data, clients, split in (("av_digits_medium", 8, "beta=0.5"), ("seglearn", 0, "natural")):
         for method in (BASELINE, "layerwise", *PARTIAL):
             yield Cell(data, method, Setting(split, clients, lacking=0.5), seed)

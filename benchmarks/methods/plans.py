@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.demo_plan import LEARNING_RATE, skewed_rounds
-from lamina.model import Contrastive, ModelDescription, Projection, SelfSupervised
+from lamina.model import Contrastive, ModelDescription, Projection, SelfSupervised, Supervised
 from lamina.plan import (
     SGD,
     AdamW,
@@ -135,15 +135,32 @@ _STALL: dict[str, Any] = {"self_tuning": SelfTuning(patience=1, min_improvement=
 
 
 def recipe(model: ModelDescription, rounds: int, clients: int, seed: int) -> Plan:
-    """What lamina recommends (plans/lamina.toml): one layer at a time that begins as the identity, micro-batches, and small
-    encodings."""
-    return strategy_plan(model, rounds, clients, seed, "layerwise", more=_ZERO, **_LEAN)
+    """What lamina recommends (plans/lamina.toml): one layer at a time that begins as the identity, gradient blending where
+    there are labels, micro-batches, and small encodings."""
+    blend = blended(model) if isinstance(model.objective, Supervised) else None
+    return strategy_plan(model, rounds, clients, seed, "layerwise", more=_ZERO, objective=blend, **_LEAN)
+
+
+def blended(model: ModelDescription) -> dict[str, Any]:
+    """Gradient blending: each modality's own classifier is trained too, with a weight that nobody tuned."""
+    return {"blend": dict.fromkeys(model.modalities, 0.3)}
+
+
+def with_blending(strategy: StrategyName) -> MakePlan:
+    return lambda model, *given: strategy_plan(model, *given, strategy, objective=blended(model))
 
 
 def with_wide_heads(model: ModelDescription) -> ModelDescription:
     """Projections of 512 and 128 instead of 64 and 32: what the small heads of all other plans are measured against."""
     return model.model_copy(update={"projection": Projection(hidden=512, output=128)})
 
+
+BLENDED: dict[str, MakePlan] = {
+    "e2e_blend": with_blending("end_to_end"),
+    "lw_blend": with_blending("layerwise"),
+    "prog_blend": with_blending("progressive"),
+}
+"""Gradient blending for every strategy, so that it is not counted for one of them alone."""
 
 OPTIONS: dict[str, MakePlan] = {
     "lw_zero_init": lambda *given: strategy_plan(*given, "layerwise", more=_ZERO),
@@ -154,9 +171,7 @@ OPTIONS: dict[str, MakePlan] = {
     "lw_self_attention": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "self_attention"}),
     "lw_co_attention": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "co_attention"}),
     "lw_sum": lambda *given: strategy_plan(*given, "layerwise", objective={"fusion": "sum"}),
-    "lw_blend": lambda model, *given: strategy_plan(
-        model, *given, "layerwise", objective={"blend": dict.fromkeys(model.modalities, 0.3)}
-    ),
+    **BLENDED,
     "lw_align": lambda *given: strategy_plan(*given, "layerwise", objective={"align": 0.1}),
     "lw_proximal": lambda *given: strategy_plan(*given, "layerwise", proximal=0.01),
     "lw_wide_heads": lambda model, *given: strategy_plan(with_wide_heads(model), *given, "layerwise"),
