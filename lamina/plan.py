@@ -344,7 +344,7 @@ def _conflicts(plan: Plan) -> Iterator[str]:
     if objective.kind == "contrastive" and plan.device_modalities:
         yield from _view_conflicts(plan)
     if plan.zero_init and any(isinstance(encoder, ModuleEncoder) for encoder in model.encoders):
-        yield "zero_init: the layers of a factory bring their own start; it is for the built-in family"
+        yield "zero_init is for the built-in family; layers of a factory begin as the identity with options = { gated = true }"
     if plan.zero_init and not has_prefix and plan.strategy == "end_to_end":
         yield "zero_init is for layers that are attached later, and strategy 'end_to_end' attaches all at once"
 

@@ -13,6 +13,7 @@ from lamina.model import (
     Encoder,
     ImagePatches,
     ModelDescription,
+    ModuleEncoder,
     Projection,
     SensorWindows,
     Supervised,
@@ -52,6 +53,22 @@ SENSORS = ModelDescription(
     objective=Supervised(classes=3),
 )
 
+# Layers of a user's own module, joined by gates.
+GATED = ModelDescription(
+    name="gated",
+    encoders=(
+        ModuleEncoder(
+            modality="text",
+            factory="tests.export.user_models:words",
+            options={"gated": True},
+            input=TextTokens(vocabulary=13, length=4),
+            features=((4, 8),) * 3,
+            width=8,
+        ),
+    ),
+    projection=_PROJECTION,
+    objective=Supervised(classes=3),
+)
 
 # One layer each: what micro-batches add to a contrastive step does not depend on the depth, and lowering takes time.
 PAIR = CONTRASTIVE.model_copy(
@@ -69,6 +86,7 @@ PLANS = {
     plan.name: plan
     for plan in (
         make_plan(SUPERVISED),
+        make_plan(GATED),
         # Deep stages of one modality for the supervised objective, and of two for the other: they take longest to lower.
         *(make_plan(model, strategy) for model in (CONTRASTIVE, SENSORS) for strategy in get_args(StrategyName)),
     )

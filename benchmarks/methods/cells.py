@@ -13,6 +13,7 @@
     lacking         half of the clients have one modality; left out, or taking part; also with pairs
     small           half of the clients can hold one layer at a time and no more: end to end goes without them
     pretrained      seglearn with six clients, whose model starts at random, or from training on two other subjects
+                    MiniLM, whose layers come from elsewhere, on captions of emoji in 8 groups
     modalities      seglearn with one, three and four modalities beside the usual two
 
 The first seed of all cells comes first: whenever the work is stopped, what is there covers as much as it can.
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.methods.plans import BASELINE, BLENDED, METHODS, OPTIONS, PARTIAL, REAL, RECIPE, SELF_SUPERVISED
+from benchmarks.methods.plans import BASELINE, BLENDED, METHODS, OPTIONS, PARTIAL, PRETRAINED, REAL, RECIPE, SELF_SUPERVISED
 
 CENTRALISED, LINEAR, UNTRAINED = "centralised", "linear", "untrained"
 """Bounds: the baseline's plan on one client that has all data; a linear model on raw values; and, for self-supervised methods,
@@ -154,6 +155,8 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("seglearn_six", method, NATURAL, seed)
     for method in (BASELINE, "layerwise", "progressive", "lw_zero_init", "lw_warm_up"):
         yield Cell("seglearn_pretrained", method, NATURAL, seed)
+    for method in ("layerwise", *PRETRAINED):
+        yield Cell("minilm", method, USUAL, seed)
     for data in ("seglearn_1", "seglearn_3", "seglearn_4"):
         for method in (BASELINE, "layerwise"):
             yield Cell(data, method, NATURAL, seed)

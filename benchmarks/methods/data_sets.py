@@ -1,7 +1,7 @@
 """The data sets of the comparison, each with its model, and how they are dealt to clients.
 
 The models are those of the demo: 6 layers of width 64 for each modality, projections of 64 and 32. A name that ends in `_12`
-is the same data with 12 layers.
+is the same data with 12 layers. `minilm` is MiniLM with its pretrained weights, 6 layers of width 384.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.data import emoji_images, fashion, seglearn
+from benchmarks.data import emoji, emoji_images, fashion, minilm, seglearn
 from benchmarks.data.av_digits import Level, load_av_digits
 from benchmarks.data.partition import dirichlet_rows, even_rows, natural_rows
 from benchmarks.demo_plan import HEADS, LAYERS, WIDTH
@@ -24,6 +24,7 @@ from lamina.model import (
     FamilyInput,
     ImagePatches,
     ModelDescription,
+    ModuleEncoder,
     Projection,
     SensorWindows,
     Supervised,
@@ -139,6 +140,13 @@ def load_emoji_pairs(seed: int) -> Loaded:
     return Loaded(*parts, owner=train.style, test_groups=test.concept)
 
 
+def load_captions(seed: int) -> Loaded:
+    """Captions of emoji in 8 groups, as MiniLM's tokenizer reads them."""
+    tokenize = minilm.load_tokenizer(CAPTION_TOKENS)
+    parts = emoji.split(emoji.load_emoji(), seed)
+    return Loaded(*({"text": tokenize(part.texts), LABEL: part.label} for part in parts))
+
+
 def with_layers(model: ModelDescription, layers: int) -> ModelDescription:
     encoders = tuple(encoder.model_copy(update={"layers": layers}) for encoder in model.encoders)
     return model.model_copy(update={"encoders": encoders})
@@ -152,7 +160,7 @@ def describe(name: str, inputs: Mapping[str, FamilyInput], classes: int | None) 
     return ModelDescription(name=name, encoders=encoders, projection=Projection(hidden=64, output=32), objective=objective)
 
 
-TEXT_TOKENS, VOCABULARY = 12, 1024
+TEXT_TOKENS, VOCABULARY, CAPTION_TOKENS = 12, 1024, 24
 _WINDOWS = SensorWindows(channels=seglearn.CHANNELS, samples=seglearn.SAMPLES, patch=10)
 _CLOTHES = ImagePatches(channels=1, height=fashion.SIDE, width=fashion.SIDE, patch=7)
 _ICONS = ImagePatches(channels=3, height=emoji_images.SIDE, width=emoji_images.SIDE, patch=8)
@@ -161,6 +169,15 @@ _SPECTRUM = SensorWindows(channels=seglearn.CHANNELS, samples=seglearn.SAMPLES /
 _SENSORS = {"accelerometer": _WINDOWS, "gyroscope": _WINDOWS}
 _SPECTRA = {f"{name}_spectrum": _SPECTRUM for name in _SENSORS}
 _THREE = _SENSORS | {"accelerometer_spectrum": _SPECTRUM}
+
+_MINILM = ModuleEncoder(
+    modality="text",
+    factory="benchmarks.data.minilm:load_minilm",
+    options={"tokens": CAPTION_TOKENS, "pool": "mean"},
+    input=TextTokens(vocabulary=minilm.VOCABULARY, length=CAPTION_TOKENS),
+    features=((CAPTION_TOKENS, minilm.WIDTH + 1),) * (minilm.LAYERS + 1),  # a column more marks padding
+    width=minilm.WIDTH,
+)
 
 
 def _watch(inputs: Mapping[str, FamilyInput]) -> ModelDescription:
@@ -180,6 +197,15 @@ DATA_SETS: dict[str, DataSet] = {
     "seglearn_3": DataSet(_watch(_THREE), load_spectrum_and_sensors),
     "seglearn_4": DataSet(_watch(_SENSORS | _SPECTRA), load_spectra),
     "fashion": DataSet(describe("fashion", {"image": _CLOTHES}, fashion.CLASSES), load_clothes),
+    "minilm": DataSet(
+        ModelDescription(
+            name="minilm",
+            encoders=(_MINILM,),
+            projection=Projection(hidden=None, output=64),
+            objective=Supervised(classes=emoji.CLASSES),
+        ),
+        load_captions,
+    ),
     "emoji": DataSet(
         describe("emoji", {"image": _ICONS, "text": TextTokens(vocabulary=VOCABULARY, length=TEXT_TOKENS)}, None),
         load_emoji_pairs,

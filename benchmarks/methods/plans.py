@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.demo_plan import LEARNING_RATE, skewed_rounds
-from lamina.model import Contrastive, ModelDescription, Projection, SelfSupervised, Supervised
+from lamina.model import Contrastive, ModelDescription, ModuleEncoder, Projection, SelfSupervised, Supervised
 from lamina.plan import (
     SGD,
     AdamW,
@@ -33,6 +33,7 @@ BATCH, LOCAL_EPOCHS = 16, 2
 ONE_RATE = 1e-3
 """For pairs and self-supervised stages. The demo's layer-wise rate, three times higher, is too high for pairs; docs/findings.md
 has the trial."""
+SLOW = 0.01
 BASELINE, SELF_SUPERVISED_BASELINE, RECIPE = "end_to_end", "fedssl", "lamina"
 
 
@@ -45,22 +46,35 @@ def strategy_plan(
     layers_per_stage: int = 1,
     more: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
+    layer_scale: float = 1.0,
     **training: object,
 ) -> Plan:
     """A plan of one of the three strategies. `training` changes single settings of `lamina.plan.Training`, `more` of
-    `lamina.plan.Plan`, and `objective` of the model's objective."""
+    `lamina.plan.Plan`, and `objective` of the model's objective; layers learn `layer_scale` times as fast as heads.
+
+    An encoder that brings its weights keeps its stem as it is, a table of words that is half of the model, and its layers take
+    the lower rate in all strategies."""
     if objective:
         changed = type(model.objective).model_validate(model.objective.model_dump() | objective)
         model = model.model_copy(update={"objective": changed})
     most = max(encoder.layers for encoder in model.encoders)
     num_stages = 1 if strategy == "end_to_end" else -(-most // layers_per_stage)
-    rate = ONE_RATE if isinstance(model.objective, Contrastive) else LEARNING_RATE[strategy]
+    is_pretrained = any(isinstance(encoder, ModuleEncoder) for encoder in model.encoders)
+    rate = ONE_RATE if is_pretrained or isinstance(model.objective, Contrastive) else LEARNING_RATE[strategy]
     settings = {"batch_size": BATCH, "local_epochs": LOCAL_EPOCHS, "optimizer": AdamW(weight_decay=0.01)} | training
     return Plan(
         name=model.name,
         model=model,
         strategy=strategy,
-        stages=make_stages(model, strategy, skewed_rounds(rounds, num_stages), rate, layers_per_stage=layers_per_stage),
+        stages=make_stages(
+            model,
+            strategy,
+            skewed_rounds(rounds, num_stages),
+            rate,
+            layers_per_stage,
+            freeze_stems=is_pretrained,
+            rate_scales={} if layer_scale == 1 else dict.fromkeys(model.modalities, layer_scale),
+        ),
         training=Training.model_validate(settings),
         cohort=Cohort(size=clients, min_updates=clients),
         seed=seed,
@@ -201,6 +215,22 @@ def with_some_modalities(strategy: StrategyName) -> MakePlan:
 
     return make
 
+
+def gated(model: ModelDescription) -> ModelDescription:
+    """The layers of encoders that bring their weights begin as the identity, as `zero_init` lets those of the family."""
+    encoders = tuple(
+        each.model_copy(update={"options": each.options | {"gated": True}}) if isinstance(each, ModuleEncoder) else each
+        for each in model.encoders
+    )
+    return model.model_copy(update={"encoders": encoders})
+
+
+PRETRAINED: dict[str, MakePlan] = {
+    "lw_slow_layers": lambda *given: strategy_plan(*given, "layerwise", layer_scale=SLOW),
+    "lw_slow_layers_gated": lambda model, *given: strategy_plan(gated(model), *given, "layerwise", layer_scale=SLOW),
+    "lw_gated_layers": lambda model, *given: strategy_plan(gated(model), *given, "layerwise"),
+}
+"""For a pretrained encoder. Layers that hardly learn, beside heads that do, are the first stages of the papers' schedule."""
 
 PARTIAL: dict[str, MakePlan] = {
     "e2e_partial": with_some_modalities("end_to_end"),

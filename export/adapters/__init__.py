@@ -8,12 +8,14 @@ difference: a subclass or another version of the library may compute something e
 
 import inspect
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from export.adapters.cnn import NETWORKS, adapt_cnn
 from export.adapters.common import release_shared, segments_of
+from export.adapters.gated import Gated
 from export.adapters.hf_audio import adapt_ast, adapt_wav2vec2, adapt_whisper
 from export.adapters.hf_bert import adapt_bert, adapt_distilbert
 from export.adapters.hf_clip import adapt_clip
@@ -57,10 +59,10 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
 """(start of the module's name, start of a class name, why it does not fit)"""
 
 
-def adapt(module: object, **options: Any) -> Trunk:
+def adapt(module: object, *, gated: bool = False, **options: Any) -> Trunk:
     """The trunk of a model, in evaluation mode; the model itself stays as it is.
 
-    A `Trunk` is given back unchanged. A module with the attributes of `export.trunk` becomes one. The models of `SUPPORTED`
+    A `Trunk` is given back as it is. A module with the attributes of `export.trunk` becomes one. The models of `SUPPORTED`
     are known. Options, where they apply:
 
         pool      "first" or "mean": what becomes of the tokens; each adapter says its default
@@ -69,11 +71,15 @@ def adapt(module: object, **options: Any) -> Trunk:
         size      side of a square image, for a convolutional network
         part      "vision" or "text": the tower of a CLIPModel
 
+    Of any model, `gated` lets all layers but the first begin as the identity (`export.adapters.gated`).
+
     Raises CutError for a model that does not fit, with the reason, and ConfigError for an option that it does not take.
     """
+    if not isinstance(gated, bool):
+        raise ConfigError(f"option 'gated' is true or false, given {gated!r}")
     if isinstance(module, Trunk):
         _check_options("a Trunk", lambda module: None, options)
-        return module
+        return _with_gates(module) if gated else module
     if not isinstance(module, nn.Module):
         raise CutError(
             f"a {type(module).__name__} is no model: the factory must return a torch.nn.Module or an export.trunk.Trunk"
@@ -86,10 +92,14 @@ def adapt(module: object, **options: Any) -> Trunk:
     trunk = adapter(module, **options)
     if not trunk.layers:
         raise CutError(f"{name} has no layers: a strategy needs at least one to train")
-    trunk = release_shared(trunk)
+    trunk = release_shared(_with_gates(trunk) if gated else trunk)
     for part in (*segments_of(trunk), trunk.pool, *([trunk.projection] if trunk.projection else [])):
         part.eval()  # wrappers are new, and a new module is in training mode
     return trunk
+
+
+def _with_gates(trunk: Trunk) -> Trunk:
+    return replace(trunk, layers=(*trunk.layers[:1], *(Gated(layer) for layer in trunk.layers[1:])))
 
 
 def _find(module: nn.Module) -> Adapter | None:
@@ -123,8 +133,7 @@ def _check_options(name: str, adapter: Adapter, options: dict[str, Any]) -> None
     known = list(_names_of_options(adapter))
     for option in options:
         if option not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise ConfigError(f"{name} has no option {option!r}; {takes}")
+            raise ConfigError(f"{name} has no option {option!r}; it takes {', '.join((*known, 'gated'))}")
 
 
 def _names_of_options(adapter: Adapter) -> Iterator[str]:

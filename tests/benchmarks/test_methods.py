@@ -16,6 +16,7 @@ from benchmarks.methods.cells import (
     POOLED,
     ROUNDS,
     UNTRAINED,
+    USUAL,
     Cell,
     Setting,
     all_cells,
@@ -23,10 +24,22 @@ from benchmarks.methods.cells import (
     usual_setting,
 )
 from benchmarks.methods.data_sets import DATA_SETS, Loaded, amplitudes, client_rows, deal, deal_server
-from benchmarks.methods.plans import METHODS, OPTIONS, PAIRS, PARTIAL, REAL, RECIPE, SELF_SUPERVISED, baseline_of, strategy_plan
+from benchmarks.methods.plans import (
+    METHODS,
+    OPTIONS,
+    PAIRS,
+    PARTIAL,
+    PRETRAINED,
+    REAL,
+    RECIPE,
+    SELF_SUPERVISED,
+    baseline_of,
+    strategy_plan,
+)
 from benchmarks.methods.retrieval import both_ways, recall
 from benchmarks.methods.run import deal_cell, plan_hash, plan_of
 from lamina.errors import ConfigError
+from lamina.model import ModuleEncoder
 from tests.benchmarks.tiny_data import load_pairs, load_tiny
 
 # Data and bounds
@@ -175,11 +188,26 @@ def test_every_method_makes_a_plan_of_the_same_rounds_for_every_data_set(method:
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_every_option_changes_a_layer_wise_or_progressive_plan_of_labelled_data(method: str) -> None:
+def test_every_option_changes_a_plain_plan_of_labelled_data(method: str) -> None:
     plan = OPTIONS[method](DATA_SETS["seglearn"].model, 18, 4, 7)
-    plain = METHODS["progressive" if method.startswith("prog") else "layerwise"](DATA_SETS["seglearn"].model, 18, 4, 7)
+    plain_of = {"prog": "progressive", "e2e": "end_to_end"}
+    plain = METHODS[plain_of.get(method.partition("_")[0], "layerwise")](DATA_SETS["seglearn"].model, 18, 4, 7)
     assert plan.strategy == plain.strategy and sum(stage.rounds for stage in plan.stages) == 18
     assert plan != plain
+
+
+@pytest.mark.parametrize("method", ["layerwise", *PRETRAINED])
+def test_an_encoder_with_weights_of_its_own_keeps_its_words_and_learns_as_slowly_as_asked(method: str) -> None:
+    plan = plan_of(Cell("minilm", method, USUAL, 0))
+    assert plan is not None
+    slow, gated = "slow" in method, "gated" in method
+    for stage in plan.stages:
+        assert stage.learning_rate == 1e-3 and "text.stem" in stage.frozen
+        assert stage.rate_scale(f"text.layers.{stage.index}") == (0.01 if slow else 1.0)
+        assert stage.rate_scale("text.projection") == stage.rate_scale("head") == 1.0
+    (encoder,) = plan.model.encoders
+    assert isinstance(encoder, ModuleEncoder)
+    assert encoder.options == {"tokens": 24, "pool": "mean"} | ({"gated": True} if gated else {})
 
 
 @pytest.mark.parametrize("method", [*PAIRS, RECIPE, "lw_lean", "lw_partial", "e2e_partial"])
@@ -209,7 +237,7 @@ def test_cells_differ_in_name_and_the_first_seed_of_all_comes_first() -> None:
     cells = all_cells([0, 1])
     assert len({cell.key for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    methods = {*METHODS, *OPTIONS, *PAIRS, *PARTIAL, *REAL, *SELF_SUPERVISED, CENTRALISED, LINEAR, UNTRAINED}
+    methods = {*METHODS, *OPTIONS, *PAIRS, *PARTIAL, *PRETRAINED, *REAL, *SELF_SUPERVISED, CENTRALISED, LINEAR, UNTRAINED}
     assert {cell.method for cell in cells} == methods
     assert {cell.data for cell in cells} == set(DATA_SETS)
     assert {cell.setting.participation for cell in cells} == {0.25, 0.5, 1.0}

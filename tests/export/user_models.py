@@ -51,6 +51,10 @@ def signal(layers: int = 2, width: int = 8) -> nn.Module:
     return Signal(layers, width)
 
 
+def words() -> nn.Module:
+    return Words()
+
+
 def pair() -> dict[str, nn.Module]:
     return {"signal": Signal(), "text": Words()}
 

@@ -209,7 +209,7 @@ def test_zero_init_is_refused_for_layers_that_bring_their_own_start() -> None:
         width=8,
     )
     description = BOTH.model_copy(update={"encoders": (own, encoder("depth"))})
-    with pytest.raises(ValidationError, match="bring their own start"):
+    with pytest.raises(ValidationError, match="gated = true"):
         plan(description, zero_init=True)
 
 

@@ -5,9 +5,12 @@ import torch
 
 from benchmarks.data import minilm
 from benchmarks.data.fetch import cache_folder
+from benchmarks.methods.data_sets import DATA_SETS
 from export.adapters import adapt
 from export.adapters.common import run_trunk
+from export.recipe import describe_trunk
 from lamina.bundle import hash_file
+from lamina.recipe import EncoderRecipe
 from tests.export.adapters.timm_beside_cpu_torch import import_transformers
 
 SENTENCES = (
@@ -51,6 +54,12 @@ def test_it_has_the_layers_and_weights_that_are_promised(model):
     assert len(adapt(model).layers) == minilm.LAYERS
     assert sum(value.numel() for value in model.parameters()) == 22_565_376
     assert model.config.vocab_size == minilm.VOCABULARY
+
+
+def test_the_benchmarks_description_is_that_of_its_trunk(model):
+    (encoder,) = DATA_SETS["minilm"].model.encoders
+    recipe = EncoderRecipe(factory=encoder.factory, options=encoder.options)
+    assert describe_trunk("text", recipe, adapt(model, **encoder.options))[0] == encoder
 
 
 def test_the_tokenizer_cuts_and_pads():

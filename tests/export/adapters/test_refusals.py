@@ -162,8 +162,9 @@ def test_half_precision_and_another_device_are_refused():
 @pytest.mark.parametrize(
     ("build", "options", "words"),
     [
-        (bert, {"part": "text"}, "has no option 'part'; it takes pool, tokens"),
-        (Own, {"pool": "mean"}, "has no option 'pool'; it takes none"),
+        (bert, {"part": "text"}, "has no option 'part'; it takes pool, tokens, gated"),
+        (Own, {"pool": "mean"}, "has no option 'pool'; it takes gated"),
+        (bert, {"gated": "no"}, "option 'gated' is true or false, given 'no'"),
         (bert, {"pool": "max"}, "pool='max' is not known; say 'first' or 'mean'"),
         (distilbert, {"tokens": 13}, "tokens=13 must be 1 to 12"),
         (clip, {}, "has two towers; say part='vision' or part='text'"),
