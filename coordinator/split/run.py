@@ -8,9 +8,10 @@ not depend on who is fast. A user that falls silent, or begins again, leaves no 
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from threading import RLock
+from threading import Lock, RLock
 
 from coordinator.house import House
 from coordinator.split.aggregate import mean_over_users, share_middle
@@ -49,6 +50,15 @@ class _Round:
     turn: Turn | None = None
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Which blobs all split runs still need. Runs that came to the same weights have the same blobs, so who stores or deletes
+    some holds `lock`."""
+
+    needed: Callable[[], set[str]]
+    lock: AbstractContextManager[object] = field(default_factory=Lock)
+
+
 class SplitRun:
     """Every method may be called from any thread. `names(id)` is the name of a device."""
 
@@ -59,8 +69,10 @@ class SplitRun:
         state: SplitState,
         high: Callable[[], HighEnds],
         names: Callable[[str], str],
+        keeping: "Keeping",
     ) -> None:
         self._house, self.manifest, self._names, self._make_high = house, manifest, names, high
+        self._keeping = keeping
         self.plan = manifest.plan
         self._state = state
         self._lock = RLock()
@@ -176,6 +188,19 @@ class SplitRun:
     # What users and the app ask
 
     @property
+    def needed(self) -> set[str]:
+        """The blobs of the manifest and of the newest weights."""
+        return {*self.manifest.blobs, *self._state.weights.values()}
+
+    def remove_superseded(self) -> None:
+        """Deletes the weights of the round before the last, unless some run has them still. A user that is fetching one is told
+        that it is gone and checks in again: its round is over."""
+        with self._keeping.lock:
+            for blob in set(self._state.superseded) - self._keeping.needed():
+                if self._house.blobs.find(blob) is not None:
+                    self._house.blobs.remove(blob)
+
+    @property
     def is_finished(self) -> bool:
         return self._state.round == self.plan.rounds and not self._state.evaluating
 
@@ -271,7 +296,6 @@ class SplitRun:
         new |= {task_adapter(m): tensors for m, tensors in adapters.items()}
         if self._state.fused:
             new.pop(FUSION, None)  # frozen: its blob stays the same
-        weights = {**self._state.weights, **{part: self._house.blobs.put(encode(tensors)) for part, tensors in new.items()}}
         fused_losses = [each.report.fused_loss for each in updates if each.report.fused_loss is not None]
         fused_loss = sum(fused_losses) / len(fused_losses) if fused_losses else None
         course = [loss for loss in (*(each.fused_loss for each in self._state.rounds), fused_loss) if loss is not None]
@@ -287,14 +311,20 @@ class SplitRun:
             ),
         )
         evaluates = self.plan.users.evaluates(number, self.plan.rounds)
-        self._save(
-            round=number + 1,
-            fused=self._state.fused or is_steady(course, self.plan.switch),
-            weights=weights,
-            rounds=(*self._state.rounds, done),
-            evaluating={user: self._names(user) for user in users if evaluates and not self._has[user]},
-            evaluated=(),
-        )
+        with self._keeping.lock:
+            blobs = {part: self._house.blobs.put(encode(tensors)) for part, tensors in new.items()}
+            self._save(
+                round=number + 1,
+                fused=self._state.fused or is_steady(course, self.plan.switch),
+                weights={**self._state.weights, **blobs},
+                superseded=tuple(
+                    self._state.weights[part] for part, blob in blobs.items() if self._state.weights[part] != blob
+                ),
+                rounds=(*self._state.rounds, done),
+                evaluating={user: self._names(user) for user in users if evaluates and not self._has[user]},
+                evaluated=(),
+            )
+        self.remove_superseded()
         log.info("%s: round %d is aggregated from %d users", self._state.run, number, len(users))
         self._forget_round()
         if self._steps is not None:

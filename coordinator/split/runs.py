@@ -8,7 +8,7 @@ from coordinator.devices import get_device
 from coordinator.house import House
 from coordinator.signatures import keep_signature, publishers_trust
 from coordinator.split.high_ends import HighEnds
-from coordinator.split.run import SplitRun
+from coordinator.split.run import Keeping, SplitRun
 from coordinator.split.runtime import Runtime
 from coordinator.split.state import SplitState, save_state
 from lamina.compression import available_compressions
@@ -30,26 +30,30 @@ class SplitRuns:
         """Takes up the runs that the state folder holds. Raises ConfigError for a damaged file of one."""
         self._house, self._runtime = house, runtime
         self._runs: dict[str, SplitRun] = {}
+        self._keeping = Keeping(lambda: {blob for run in list(self._runs.values()) for blob in run.needed})
         folder = house.settings.state / "split"
         folder.mkdir(exist_ok=True)
         for path in sorted(folder.glob("split-*.json"), key=lambda path: int(path.stem.partition("-")[2])):
             state = SplitState.from_file(path)
             self._open(state, SplitManifest.from_file(house.blobs.path(state.manifest)))
+        for run in self._runs.values():
+            run.remove_superseded()  # in case the coordinator was stopped between a round's end and this
 
     def publish(self, body: bytes, signature_text: str | None) -> Published:
         """A new run of the plan of a manifest. Raises as `coordinator.publish.publish` does."""
         signature = None if signature_text is None else parse_signature(signature_text, f"the {SIGNATURE_HEADER} header")
         signer = publishers_trust(self._house.settings).check(hash_bytes(body), signature)
         manifest = SplitManifest.from_json(body, "the manifest")
-        high = self._check(manifest)
-        digest = self._house.blobs.put(body)
-        if signature is not None:
-            keep_signature(self._house.settings, digest, signature)
-        number = 1 + max((int(run.partition("-")[2]) for run in self._runs), default=0)
-        weights = {part: manifest.initial_weights[part] for part in manifest.plan.trained}
-        state = SplitState(run=f"split-{number}", manifest=digest, weights=weights)
-        save_state(self._house, state)
-        self._open(state, manifest, high)
+        with self._keeping.lock:  # no other run deletes what this one is about to need
+            high = self._check(manifest)
+            digest = self._house.blobs.put(body)
+            if signature is not None:
+                keep_signature(self._house.settings, digest, signature)
+            number = 1 + max((int(run.partition("-")[2]) for run in self._runs), default=0)
+            weights = {part: manifest.initial_weights[part] for part in manifest.plan.trained}
+            state = SplitState(run=f"split-{number}", manifest=digest, weights=weights)
+            save_state(self._house, state)
+            self._open(state, manifest, high)
         log.info("%s is published: plan %r, manifest %s, %s", state.run, manifest.plan.name, digest, signer)
         return Published(run=state.run)
 
@@ -83,7 +87,7 @@ class SplitRuns:
 
     def _open(self, state: SplitState, manifest: SplitManifest, high: HighEnds | None = None) -> None:
         make = self._high_ends_of(manifest)
-        self._runs[state.run] = SplitRun(self._house, manifest, state, lambda: high or make(), self._name_of)
+        self._runs[state.run] = SplitRun(self._house, manifest, state, lambda: high or make(), self._name_of, self._keeping)
 
     def _high_ends_of(self, manifest: SplitManifest) -> Callable[[], HighEnds]:
         def make() -> HighEnds:

@@ -12,7 +12,7 @@ from lamina.wire import Count
 
 class SplitState(Record):
     """`round` is the next one to train; `evaluating` are the users (id -> name) whose evaluation of the round before it is
-    awaited; `evaluated` those that have answered."""
+    awaited; `evaluated` those that have answered. `superseded` are the blobs that the last round's weights replaced."""
 
     format: int = 1
     run: str
@@ -20,6 +20,7 @@ class SplitState(Record):
     round: Count = 0
     fused: bool = False
     weights: dict[str, Sha256]
+    superseded: tuple[Sha256, ...] = ()
     rounds: tuple[SplitRound, ...] = ()
     evaluating: dict[str, str] = Field(default_factory=dict)
     evaluated: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from edge_client.split.steps import LocalSteps, Metrics, RemoteSteps, Steps
 from edge_client.split.transport import SplitTransport
 from edge_client.trust import Verifier
 from lamina.compression import available_compressions
-from lamina.errors import HashMismatchError, ProtocolError, RoundClosedError
+from lamina.errors import HashMismatchError, ProtocolError, RoundClosedError, UnknownNameError
 from lamina.names import EngineName
 from lamina.split import SplitPlan
 from lamina.split_bodies import pack
@@ -79,6 +79,7 @@ class SplitUser:
         self._blobs = BlobCache(self._state / "blobs", transport, say)
         self._opened: tuple[str, SplitManifest, Programs, PrefixStore] | None = None
         self._has_worked, self._said = False, ""
+        self._failed: SplitWork | None = None  # work whose weights were not there
 
     def work_once(self) -> bool:
         """One check-in and what it asks for; False when there is nothing more to do. Raises ProtocolError if refused."""
@@ -108,6 +109,12 @@ class SplitUser:
             self._do(answer)
         except RoundClosedError as error:
             self._say(f"too late: {error.message}; checking in again")
+        except UnknownNameError as error:
+            # The weights of a round that has ended may be gone. If the same work is offered again, they are lost.
+            if answer == self._failed:
+                raise
+            self._failed = answer
+            self._say(f"{error.message}; checking in again")
         self._has_worked = True
         return True
 

@@ -5,7 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coordinator.split.state import SplitState
+from edge_client.split.transport import SplitTransport
+from edge_client.split.user import SplitOptions, SplitUser
 from lamina.bundle import MANIFEST
+from lamina.errors import UnknownNameError
 from lamina.split import FUSION, MIDDLE, Traffic, modality_adapter, task_adapter
 from lamina.split_manifest import SplitManifest
 from lamina.split_wire import SplitStatus
@@ -135,3 +139,65 @@ def test_a_coordinator_that_is_started_again_goes_on_with_the_next_round(server_
         house.start()
         assert house.status(run) == before
         assert before.state == "finished" and before.rounds[0].test_examples == 8
+
+
+def test_weights_of_past_rounds_are_deleted_unless_another_run_has_them(server_bundle: Path, tmp_path: Path) -> None:
+    file = write_data(tmp_path / "0.npz", seed=0, train=16, test=0)
+    shared: dict = {"users": {"size": 1, "evaluate_every": 0}}
+    with loopback(tmp_path) as house:
+        manifests, ends = {}, {}
+        for rounds in (1, 2):
+            folder, manifests[rounds] = varied(server_bundle, tmp_path / f"bundle-{rounds}", rounds=rounds, **shared)
+            run = house.publish(folder, manifests[rounds])
+            house.join([file])
+            ends[rounds] = house.status(run)
+        trained = {rounds: set(status.weights.values()) for rounds, status in ends.items()}
+        # The second run came through the weights at which the first one ended.
+        state = SplitState.from_file(house.settings.state / "split" / f"{run}.json")
+        assert set(state.superseded) == trained[1] != trained[2]
+        needed = set.union(*trained.values(), *(set(each.blobs) for each in manifests.values()))
+        blobs = {path.name for path in (house.settings.state / "blobs").iterdir()}
+        assert blobs == needed | {status.manifest for status in ends.values()}
+
+
+def test_what_a_stopped_coordinator_did_not_delete_is_deleted_at_the_start(server_bundle: Path, tmp_path: Path) -> None:
+    folder, manifest = varied(server_bundle, tmp_path / "bundle", rounds=2, users={"size": 1, "evaluate_every": 0})
+    with loopback(tmp_path) as house:
+        run = house.publish(folder, manifest)
+        house.join([write_data(tmp_path / "0.npz", seed=0, train=16, test=0)])
+        house.stop()
+        state = SplitState.from_file(house.settings.state / "split" / f"{run}.json")
+        left = [house.settings.state / "blobs" / blob for blob in state.superseded]
+        assert left and not any(path.exists() for path in left)
+        for path in left:
+            path.write_bytes(b"as if the power had failed")
+        house.start()
+        assert not any(path.exists() for path in left)
+        assert all(house.house.blobs.find(blob) for blob in house.status(run).weights.values())
+
+
+def test_a_user_that_finds_weights_gone_checks_in_again_and_gives_up_if_they_are_lost(
+    server_bundle: Path, tmp_path: Path
+) -> None:
+    folder, manifest = varied(server_bundle, tmp_path / "bundle", rounds=1, users={"size": 1, "evaluate_every": 0})
+    said: list[str] = []
+    with loopback(tmp_path) as house, SplitTransport(house.url) as transport:
+        run = house.publish(folder, manifest)
+        options = SplitOptions(
+            url=house.url,
+            data=str(write_data(tmp_path / "0.npz", seed=0, train=16, test=0)),
+            name="user-0",
+            engine="onnxruntime",
+            state=str(tmp_path / "user-0"),
+        )
+        user = SplitUser(options, transport, lambda: house.enrolment_token, say=said.append)
+        lost = house.house.blobs.path(house.status(run).weights[modality_adapter("image")])
+        data = lost.read_bytes()
+        lost.unlink()
+        assert user.work_once()
+        assert "no blob" in said[-1] and said[-1].endswith("checking in again")
+        with pytest.raises(UnknownNameError, match="no blob"):
+            user.work_once()
+        lost.write_bytes(data)
+        while house.status(run).state != "finished":
+            assert user.work_once()
