@@ -109,9 +109,10 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell(data, LINEAR, POOLED, seed)
     for method in (name for name in SELF_SUPERVISED if "lean" not in name):
         yield Cell("fashion", method, USUAL, seed)
-    for method in ("fedssl", "lw_fedssl", "prog_fedssl"):
+    for method in ("fedssl", "lw_fedssl", "prog_fedssl", "lw_fedssl_ours"):
         yield Cell("fashion", method, MANY, seed)
         yield Cell("fashion", method, MANY, seed, LONG_ROUNDS)
+    yield Cell("fashion", "lw_fedssl_2", MANY, seed)
     for bound in (LINEAR, UNTRAINED):
         yield Cell("fashion", bound, POOLED, seed)
     for method in (*METHODS, RECIPE):
