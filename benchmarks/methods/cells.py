@@ -156,7 +156,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("seglearn_six", method, NATURAL, seed)
     for method in (BASELINE, "layerwise", "progressive", "lw_zero_init", "lw_warm_up"):
         yield Cell("seglearn_pretrained", method, NATURAL, seed)
-    for method in ("layerwise", *PRETRAINED):
+    for method in (BASELINE, "layerwise", *PRETRAINED):
         yield Cell("minilm", method, USUAL, seed)
     for data in ("seglearn_1", "seglearn_3", "seglearn_4"):
         for method in (BASELINE, "layerwise"):

@@ -25,6 +25,7 @@ from benchmarks.methods.cells import (
 )
 from benchmarks.methods.data_sets import DATA_SETS, Loaded, amplitudes, client_rows, deal, deal_server
 from benchmarks.methods.plans import (
+    BASELINE,
     METHODS,
     OPTIONS,
     PAIRS,
@@ -196,7 +197,7 @@ def test_every_option_changes_a_plain_plan_of_labelled_data(method: str) -> None
     assert plan != plain
 
 
-@pytest.mark.parametrize("method", ["layerwise", *PRETRAINED])
+@pytest.mark.parametrize("method", [BASELINE, "layerwise", *PRETRAINED])
 def test_an_encoder_with_weights_of_its_own_keeps_its_words_and_learns_as_slowly_as_asked(method: str) -> None:
     plan = plan_of(Cell("minilm", method, USUAL, 0))
     assert plan is not None
