@@ -46,11 +46,13 @@ def strategy_plan(
     layers_per_stage: int = 1,
     more: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
+    rate_scale: float = 1.0,
     layer_scale: float = 1.0,
     **training: object,
 ) -> Plan:
     """A plan of one of the three strategies. `training` changes single settings of `lamina.plan.Training`, `more` of
-    `lamina.plan.Plan`, and `objective` of the model's objective; layers learn `layer_scale` times as fast as heads.
+    `lamina.plan.Plan`, and `objective` of the model's objective; `rate_scale` multiplies the learning rate, and layers learn
+    `layer_scale` times as fast as heads.
 
     An encoder that brings its weights keeps its stem as it is, a table of words that is half of the model, and its layers take
     the lower rate in all strategies."""
@@ -70,7 +72,7 @@ def strategy_plan(
             model,
             strategy,
             skewed_rounds(rounds, num_stages),
-            rate,
+            rate * rate_scale,
             layers_per_stage,
             freeze_stems=is_pretrained,
             rate_scales={} if layer_scale == 1 else dict.fromkeys(model.modalities, layer_scale),
@@ -177,6 +179,8 @@ BLENDED: dict[str, MakePlan] = {
 """Gradient blending for every strategy, so that it is not counted for one of them alone."""
 
 OPTIONS: dict[str, MakePlan] = {
+    "e2e_half_rate": lambda *given: strategy_plan(*given, "end_to_end", rate_scale=0.5),
+    "e2e_double_rate": lambda *given: strategy_plan(*given, "end_to_end", rate_scale=2.0),
     "lw_zero_init": lambda *given: strategy_plan(*given, "layerwise", more=_ZERO),
     "lw_warm_up": lambda *given: strategy_plan(*given, "layerwise", warm_up_rounds=1),
     "lw_keep_optimizer": lambda *given: strategy_plan(*given, "layerwise", keep_optimizer=True),
