@@ -34,8 +34,8 @@ ONE_RATE = 1e-3
 """For pairs and self-supervised stages. The demo's layer-wise rate, three times higher, is too high for pairs; docs/findings.md
 has the trial."""
 PRETRAINED_RATE: dict[StrategyName, float] = {"layerwise": 1e-3, "progressive": 3e-4, "end_to_end": 3e-4}
-"""Those of `benchmarks.minilm`, which were chosen on texts of the training side. At 1e-3 end to end ruins the weights: one seed of
-this comparison reached 0.609 with it."""
+"""Those of `benchmarks.minilm`, which were chosen on texts of the training side. At 1e-3 end to end ruins the weights: one seed
+of this comparison reached 0.609 with it."""
 SLOW = 0.01
 BASELINE, SELF_SUPERVISED_BASELINE, RECIPE = "end_to_end", "fedssl", "lamina"
 
