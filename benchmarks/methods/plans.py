@@ -275,6 +275,7 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
         *given, "layerwise", _SIMCLR, is_ours=True, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
     ),
     "lw_fedsimclr": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR),
+    "fedsimclr_sgd": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR, 0.05, **_FLL),
     "fll": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR, 0.05, **_FLL),
     "fll_depth_dropout": lambda *given: self_supervised_plan(
         *given,
@@ -289,9 +290,11 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
 
 
 def baseline_of(method: str) -> str:
-    """The end-to-end method that a method is compared with: the one of the same objective."""
+    """The end-to-end method that a method is compared with: the one of the same objective, and, for FLL, of its optimiser."""
     if method not in SELF_SUPERVISED and method != SELF_SUPERVISED_BASELINE:
         return BASELINE
     if "byol" in method:
         return "fedbyol"
-    return "fedsimclr" if "simclr" in method or method.startswith("fll") else SELF_SUPERVISED_BASELINE
+    if method.startswith("fll") or method.endswith("_sgd"):
+        return "fedsimclr_sgd"
+    return "fedsimclr" if "simclr" in method else SELF_SUPERVISED_BASELINE
