@@ -34,9 +34,10 @@ ONE_RATE = 1e-3
 """For pairs and self-supervised stages. The demo's layer-wise rate, three times higher, is too high for pairs; docs/findings.md
 has the trial."""
 PRETRAINED_RATE: dict[StrategyName, float] = {"layerwise": 1e-3, "progressive": 3e-4, "end_to_end": 3e-4}
-"""Those of `benchmarks.minilm`, which were chosen on texts of the training side. At 1e-3 end to end ruins the weights: one seed
-of this comparison reached 0.609 with it."""
+"""As in `benchmarks.minilm`, where they were chosen on texts of the training side. At 1e-3 end to end ruins the weights: one
+seed of this comparison reached 0.609 with it."""
 SLOW = 0.01
+"""The rate of layers that hardly learn, to that of the heads."""
 BASELINE, SELF_SUPERVISED_BASELINE, RECIPE = "end_to_end", "fedssl", "lamina"
 
 
