@@ -8,14 +8,14 @@ not depend on who is fast. A user that falls silent, or begins again, leaves no 
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from threading import Lock, RLock
+from threading import RLock
 
 from coordinator.house import House
 from coordinator.split.aggregate import mean_over_users, share_middle
 from coordinator.split.high_ends import HighEnds
+from coordinator.split.keeping import Keeping
 from coordinator.split.state import SplitState, save_state
 from coordinator.split.switch import is_steady
 from coordinator.split.turn import Turn, TurnSteps, check_count
@@ -50,15 +50,6 @@ class _Round:
     turn: Turn | None = None
 
 
-@dataclass(frozen=True)
-class Keeping:
-    """Which blobs all split runs still need. Runs that came to the same weights have the same blobs, so who stores or deletes
-    some holds `lock`."""
-
-    needed: Callable[[], set[str]]
-    lock: AbstractContextManager[object] = field(default_factory=Lock)
-
-
 class SplitRun:
     """Every method may be called from any thread. `names(id)` is the name of a device."""
 
@@ -69,7 +60,7 @@ class SplitRun:
         state: SplitState,
         high: Callable[[], HighEnds],
         names: Callable[[str], str],
-        keeping: "Keeping",
+        keeping: Keeping,
     ) -> None:
         self._house, self.manifest, self._names, self._make_high = house, manifest, names, high
         self._keeping = keeping
@@ -195,10 +186,7 @@ class SplitRun:
     def remove_superseded(self) -> None:
         """Deletes the weights of the round before the last, unless some run has them still. A user that is fetching one is told
         that it is gone and checks in again: its round is over."""
-        with self._keeping.lock:
-            for blob in set(self._state.superseded) - self._keeping.needed():
-                if self._house.blobs.find(blob) is not None:
-                    self._house.blobs.remove(blob)
+        self._keeping.remove(self._state.superseded)
 
     @property
     def is_finished(self) -> bool:

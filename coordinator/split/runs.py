@@ -8,7 +8,8 @@ from coordinator.devices import get_device
 from coordinator.house import House
 from coordinator.signatures import keep_signature, publishers_trust
 from coordinator.split.high_ends import HighEnds
-from coordinator.split.run import Keeping, SplitRun
+from coordinator.split.keeping import Keeping
+from coordinator.split.run import SplitRun
 from coordinator.split.runtime import Runtime
 from coordinator.split.state import SplitState, save_state
 from lamina.compression import available_compressions
@@ -30,7 +31,7 @@ class SplitRuns:
         """Takes up the runs that the state folder holds. Raises ConfigError for a damaged file of one."""
         self._house, self._runtime = house, runtime
         self._runs: dict[str, SplitRun] = {}
-        self._keeping = Keeping(lambda: {blob for run in list(self._runs.values()) for blob in run.needed})
+        self._keeping = Keeping(house.blobs, lambda: {blob for run in list(self._runs.values()) for blob in run.needed})
         folder = house.settings.state / "split"
         folder.mkdir(exist_ok=True)
         for path in sorted(folder.glob("split-*.json"), key=lambda path: int(path.stem.partition("-")[2])):
