@@ -289,6 +289,8 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     ),
 }
 
+ALL: dict[str, MakePlan] = METHODS | OPTIONS | PAIRS | PARTIAL | PRETRAINED | REAL | SELF_SUPERVISED
+
 
 def baseline_of(method: str) -> str:
     """The end-to-end method that a method is compared with: the one of the same objective, and, for FLL, of its optimiser."""

@@ -19,17 +19,7 @@ from benchmarks.methods.cells import CENTRALISED, LINEAR, UNTRAINED, Cell
 from benchmarks.methods.costs import costs_of
 from benchmarks.methods.data_sets import DATA_SETS, Loaded, deal, deal_server
 from benchmarks.methods.gradients import GradientProbe
-from benchmarks.methods.plans import (
-    BASELINE,
-    METHODS,
-    OPTIONS,
-    PAIRS,
-    PARTIAL,
-    PRETRAINED,
-    REAL,
-    SELF_SUPERVISED,
-    SELF_SUPERVISED_BASELINE,
-)
+from benchmarks.methods.plans import ALL, BASELINE, METHODS, REAL, SELF_SUPERVISED_BASELINE
 from benchmarks.methods.pretraining import pretrained_model
 from benchmarks.methods.retrieval import both_ways
 from benchmarks.methods.stage_start import StageStartProbe
@@ -49,11 +39,10 @@ def plan_of(cell: Cell) -> Plan | None:
     if cell.method == LINEAR:
         return None
     name = {CENTRALISED: BASELINE, UNTRAINED: SELF_SUPERVISED_BASELINE}.get(cell.method, cell.method)
-    methods = METHODS | OPTIONS | PAIRS | PARTIAL | PRETRAINED | REAL | SELF_SUPERVISED
-    if name not in methods or cell.data not in DATA_SETS:
-        raise ConfigError(f"{cell.key}: known methods are {', '.join(methods)}; known data {', '.join(DATA_SETS)}")
+    if name not in ALL or cell.data not in DATA_SETS:
+        raise ConfigError(f"{cell.key}: known methods are {', '.join(ALL)}; known data {', '.join(DATA_SETS)}")
     clients = max(1, round(cell.setting.clients * cell.setting.participation))
-    return methods[name](DATA_SETS[cell.data].model, cell.rounds, clients, cell.seed)
+    return ALL[name](DATA_SETS[cell.data].model, cell.rounds, clients, cell.seed)
 
 
 def plan_hash(cell: Cell) -> str:

@@ -25,6 +25,7 @@ from benchmarks.methods.cells import (
 )
 from benchmarks.methods.data_sets import DATA_SETS, Loaded, amplitudes, client_rows, deal, deal_server
 from benchmarks.methods.plans import (
+    ALL,
     BASELINE,
     METHODS,
     OPTIONS,
@@ -238,8 +239,7 @@ def test_cells_differ_in_name_and_the_first_seed_of_all_comes_first() -> None:
     cells = all_cells([0, 1])
     assert len({cell.key for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
-    methods = {*METHODS, *OPTIONS, *PAIRS, *PARTIAL, *PRETRAINED, *REAL, *SELF_SUPERVISED, CENTRALISED, LINEAR, UNTRAINED}
-    assert {cell.method for cell in cells} == methods
+    assert {cell.method for cell in cells} == {*ALL, CENTRALISED, LINEAR, UNTRAINED}
     assert {cell.data for cell in cells} == set(DATA_SETS)
     assert {cell.setting.participation for cell in cells} == {0.25, 0.5, 1.0}
 
@@ -260,7 +260,7 @@ def test_the_hash_of_a_cell_follows_its_plan(monkeypatch: pytest.MonkeyPatch) ->
     cell = Cell("seglearn", "layerwise", usual_setting("seglearn"), 0)
     before = plan_hash(cell)
     assert before == plan_hash(cell) != plan_hash(Cell("seglearn", "layerwise_2", usual_setting("seglearn"), 0))
-    monkeypatch.setitem(METHODS, "layerwise", lambda *given: strategy_plan(*given, "layerwise", local_epochs=3))
+    monkeypatch.setitem(ALL, "layerwise", lambda *given: strategy_plan(*given, "layerwise", local_epochs=3))
     assert plan_hash(cell) != before
     assert plan_hash(Cell("seglearn", LINEAR, POOLED, 0)) == LINEAR
 

@@ -13,7 +13,7 @@ from benchmarks import results_file
 from benchmarks.methods import __main__ as command
 from benchmarks.methods import run as runner
 from benchmarks.methods.cells import LINEAR, POOLED, Cell, Setting
-from benchmarks.methods.plans import METHODS, strategy_plan
+from benchmarks.methods.plans import ALL, strategy_plan
 from benchmarks.methods.plot import draw
 from benchmarks.methods.run import plan_hash
 from benchmarks.methods.summary import COSTS, bars, markdown_of, recalls_of, stage_shock, summarise, table_of
@@ -77,7 +77,7 @@ def test_done_cells_are_kept_and_only_what_is_left_is_run(few: list[str], tmp_pa
 
 def test_a_row_of_another_plan_is_run_again(few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command.main(["--seeds", "0", "--only", "seglearn layerwise"])
-    monkeypatch.setitem(METHODS, "layerwise", lambda *given: strategy_plan(*given, "layerwise", 2))
+    monkeypatch.setitem(ALL, "layerwise", lambda *given: strategy_plan(*given, "layerwise", 2))
     command.main(["--seeds", "0", "--only", "seglearn layerwise"])
     assert len(few) == 2 and len(kept(tmp_path)) == 1
 
