@@ -177,6 +177,10 @@ class Job:
         return self.phase != "evaluate"
 
     @property
+    def takes_pairs_of_views(self) -> bool:
+        return self.objective == "self_supervised"
+
+    @property
     def where(self) -> str:
         return f"stage {self.stage}, round {self.round}"
 

@@ -6,10 +6,11 @@ far are noted beside the work folder's job, and stay.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_client import versions
 from edge_client.data import LocalData, limits_of
 from edge_client.job import SPLITS, Augmentation, FeaturePlan, FrozenStep, Split
 from edge_client.program_files import Fetch, program_file, segment_file
@@ -69,8 +70,9 @@ class FeatureWork:
             for encoder in self.encoders
             for each in SPLITS
         }
+        taken = self._taken(max(len(keys[encoder.modality, split]) for encoder in self.encoders))
         plans = tuple(
-            self._feature_plan(encoder, split, chains[encoder.modality], keys[encoder.modality, split], stored[split])
+            self._feature_plan(encoder, split, chains[encoder.modality], keys[encoder.modality, split], stored[split], taken)
             for encoder in self.encoders
             if self.data.examples(split)
         )
@@ -126,6 +128,13 @@ class FeatureWork:
         is_for_all = split == "train" or objective.kind == "self_supervised"
         return is_for_all and encoder.modality in plan.training.augmentation
 
+    def _taken(self, count: int) -> set[int]:
+        """The versions of `count` that this round takes."""
+        plan, work = self.manifest.plan, self.work
+        in_pairs = plan.model.of_device(work.modalities).objective.kind == "self_supervised"
+        first, epochs = (work.round, plan.training.local_epochs) if work.phase == "train" else (0, 1)
+        return versions.of_job(first, epochs, count, in_pairs)
+
     def _views(self, encoder: Encoder | ModuleEncoder, split: Split) -> int:
         if not self._is_augmented(encoder, split):
             return 1
@@ -158,12 +167,18 @@ class FeatureWork:
         return chains
 
     def _feature_plan(
-        self, encoder: Encoder | ModuleEncoder, split: Split, names: Sequence[str], keys: Keys, stored: int
+        self,
+        encoder: Encoder | ModuleEncoder,
+        split: Split,
+        names: Sequence[str],
+        keys: Keys,
+        stored: int,
+        taken: Collection[int],
     ) -> FeaturePlan:
         modality, manifest = encoder.modality, self.manifest
         # What is computed in part, or is not there, needs its segments; behind a whole file nothing does.
         is_whole = stored == self.data.examples(split)
-        first_missing = min((self._depth(chain) for chain in keys), default=0) if is_whole else 0
+        first_missing = min(self._depth(keys[version % len(keys)]) for version in taken) if is_whole else 0
         steps = []
         for place, name in enumerate(names):
             blob = self._frozen_program(name)

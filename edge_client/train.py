@@ -3,8 +3,7 @@
 The order of the examples depends on the plan's seed, the stage, the round and the device's name, and on nothing else: a
 device that was killed in the middle of a round trains the same round again, to the same bits.
 
-A self-supervised batch has two views of the same examples: epoch e of the stage takes the views 2e and 2e + 1, others view e,
-each modulo the number of views.
+A self-supervised batch has two views of the same examples (`edge_client.versions`).
 """
 
 import time
@@ -14,6 +13,7 @@ from random import Random
 
 import numpy as np
 
+from edge_client import versions
 from edge_client.job import Job
 from edge_client.optimizers import Optimizer, make_optimizer
 from edge_client.progress import Progress, Say
@@ -53,7 +53,8 @@ def train_round(
 ) -> Trained:
     """Trains the model's parameters in place. Raises DataError if the device has too few examples for one batch.
 
-    `views` are the versions of the inputs; the epochs of the stage take them in turn. Without an `optimizer`, a fresh one.
+    `views` are the versions of the inputs; the epochs of the stage take them in turn (`edge_client.versions`). Without an
+    `optimizer`, a fresh one.
     """
     started = clock()
     optimizer = optimizer or fresh_optimizer(job, model.parameters.size)
@@ -86,10 +87,8 @@ def fresh_optimizer(job: Job, count: int) -> Optimizer:
 
 def epoch_inputs(views: Sequence[Inputs], job: Job, epoch: int) -> Inputs:
     """The inputs of an epoch of the stage, counted from 0 over all its rounds."""
-    if job.objective != "self_supervised":
-        return views[epoch % len(views)]
-    first, second = views[2 * epoch % len(views)], views[(2 * epoch + 1) % len(views)]
-    return {**first, **{second_view(name): rows for name, rows in second.items()}}
+    first, *others = (views[version] for version in versions.of_epoch(epoch, len(views), job.takes_pairs_of_views))
+    return {**first, **{second_view(name): rows for second in others for name, rows in second.items()}}
 
 
 def evaluate(model: StageModel, inputs: Inputs, job: Job, say: Say, on_batch: Callable[[], None] = lambda: None) -> Evaluated:

@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from edge_client import versions
 from edge_client.engines import load_engine
 from edge_client.engines.base import Engine, LoadedProgram
 from edge_client.feature_cache import FeatureCache, FeaturesLostError
@@ -52,12 +53,21 @@ def do_job(job: Job, say: Say = say, lease: Lease | None = None) -> None:
 
 
 def features(job: Job, engine: Engine, say: Say, lease: Lease) -> list[Inputs]:
-    """The inputs of the active segments, one for each view; what is not on disk is computed now, before the model is there."""
+    """The inputs of the active segments, one for each view, and nothing for a view that this round does not take.
+
+    What is not on disk is computed now, before the model is there.
+    """
     cache = FeatureCache(Path(job.feature_folder), engine, job.feature_encoding, say)
     cache.keep_only(job.keep_keys)
     label = job.label
     views: list[Inputs] = []
-    for view in range(max((len(plan.keys) for plan in job.features), default=1)):
+    count = max((len(plan.keys) for plan in job.features), default=1)
+    first, epochs = (job.round, job.local_epochs) if job.trains else (0, 1)
+    taken = versions.of_job(first, epochs, count, job.takes_pairs_of_views)
+    for view in range(count):
+        if view not in taken:
+            views.append({})
+            continue
         inputs: dict[str, RowSource] = {
             plan.modality: cache.rows(plan, view % len(plan.keys), job.stored_examples, lease.keep)
             for plan in job.features

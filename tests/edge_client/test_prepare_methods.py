@@ -1,6 +1,7 @@
 """Jobs of every kind of assignment: drawn prefixes, some of the modalities, two views, calibration, teachers, rates."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,6 +281,17 @@ def test_self_supervised_data_needs_no_label_and_test_rows_are_augmented_too(ben
     assert len(train.features[0].keys) == 4
     assert len(test.features[0].keys) == len(set(test.features[0].keys)) == 2
     assert test.features[0].augmentation == train.features[0].augmentation is not None
+
+
+def test_a_round_needs_what_makes_its_own_versions_and_nothing_for_the_others(bench):
+    plan, data = make_plan(SelfSupervised(), **SSL), bench.data(("motion",))
+    first = bench.job(plan, stage=1, data=data)  # takes versions 0 and 1 of 4
+    Path(first.feature_folder).mkdir(parents=True)
+    for version in (0, 1):
+        (Path(first.feature_folder) / f"{first.features[0].keys[version][-1]}-00000000.npy").touch()
+    again, later = (bench.job(plan, stage=1, data=data, round=number) for number in (2, 1))
+    needed = [[bool(step.program.path) for step in job.features[0].steps] for job in (first, again, later)]
+    assert needed == [[True, True], [False, False], [True, True]]
 
 
 def test_other_objectives_leave_test_rows_as_they_are(bench):
