@@ -34,7 +34,7 @@ from benchmarks.report import versions
 from export import lower_executorch, lower_onnx, lower_torch
 from export.cut import cut_stage, find_pools, find_segments
 from export.parity import TOLERANCE
-from export.programs import ProgramSet, needs_embeddings
+from export.programs import ProgramSet
 from export.proofs import prove_model
 from export.recipe import Resolved, resolve
 from export.worker import lowering_pool
@@ -74,12 +74,10 @@ def measure_programs(resolved: Resolved, engine: EngineName) -> Row:
     with lowering_pool(1) as start:
         programs = ProgramSet(plan, {engine: {}}, None, start)  # no cache: every program is lowered and checked now
         for stage in plan.stages:
-            programs.add_stage(
-                stage, cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=needs_embeddings(plan))
-            )
+            programs.add_stage(stage, cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=plan.embeds_first))
         for name in dict.fromkeys(name for stage in plan.stages for name in stage.frozen):
             programs.add_frozen(name, segments[name])
-        if needs_embeddings(plan):
+        if plan.embeds_first:
             programs.add_loss()
         programs.finish(lambda done, total: None)
     roles = {key: wanted.role for key, wanted in programs.wanted.items()}

@@ -16,12 +16,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from export.cache import ProgramCache, default_cache
-from export.cost import TRAINING_FACTOR, counted_views, embedding_bytes, forward_macs, held_values, planned_bytes
+from export.cost import counted_views, embedding_bytes, forward_macs, held_values, planned_bytes
 from export.cut import StageCut, cut_stage, describe_segment, example_inputs, find_pools, find_segments, segment_input
 from export.models import build_model, zero_late_layers
 from export.notes import notes_of
 from export.prefix_errors import RANDOM_INPUTS, measure_prefix, random_sample, read_sample
-from export.programs import Keys, ProgramSet, needs_embeddings, stage_terms
+from export.programs import Keys, ProgramSet, stage_terms
 from export.proofs import by_modality, prove_model
 from export.report import plan_examples
 from export.stage_module import Terms, reference_sizes
@@ -106,7 +106,7 @@ def export_bundle(
             for engine, key in programs.add_frozen(name, segments[name]).items():
                 frozen[engine][name] = key
             on_progress("trace", done, steps)
-        if needs_embeddings(plan):
+        if plan.embeds_first:
             loss = programs.add_loss()
             view_loss = programs.add_view_loss() if plan.device_modalities else {}
         programs.finish(lambda done, total: on_progress("lower", done, total))
@@ -209,7 +209,7 @@ def _cuts(plan: Plan, stage: Stage, segments: Mapping[str, nn.Module], pools: Ma
         everything = stage.model_copy(update={"active": tuple(n for n in segments if n in attached), "frozen": ()})
         own = cut_stage(segments, plan.model, everything, pools=pools, terms=Terms(held=False))
         calibrate = (everything, own)
-    in_three = needs_embeddings(plan)
+    in_three = plan.embeds_first
     return _Cuts(
         whole=cut_stage(segments, plan.model, stage, pools=pools, until_embeddings=in_three, terms=terms),
         partial={
@@ -223,7 +223,7 @@ def _cuts(plan: Plan, stage: Stage, segments: Mapping[str, nn.Module], pools: Ma
 def _add_programs(programs: ProgramSet, stage: Stage, cut: _Cuts) -> _StageKeys:
     training = programs.plan.training
     # A contrastive loss has the whole batch for its negatives; the server has the memory for that.
-    max_batch = training.batch_size if needs_embeddings(programs.plan) else training.samples_in_memory
+    max_batch = training.batch_size if programs.plan.embeds_first else training.samples_in_memory
     return _StageKeys(
         whole=_Keys(*programs.add_stage(stage, cut.whole)),
         partial={
@@ -249,7 +249,7 @@ def _stage_cost(
     return StageCost(
         active_parameters=count,
         frozen_parameters=sum(value.numel() for name in stage.frozen for value in segments[name].parameters()),
-        flops_per_sample=TRAINING_FACTOR * _active_macs(plan, stage, cut, segments),
+        flops_per_sample=plan.passes_of_a_step * _active_macs(plan, stage, cut, segments),
         prefix_flops_per_sample=_prefix_macs(plan, stage, segments),
         planned_bytes=_planned(plan, cut, programs, keys, loss),
         round_bytes_down=sum(_segment_bytes(name, segments[name], plan, down) for name in stage.active),

@@ -1,7 +1,8 @@
 """What a stage costs a device, before anything is run. The conventions are those of the methods' papers.
 
 FLOPs are multiply-accumulates of the forward pass for one sample, as a profiler counts them: matrix products and
-convolutions; norms and activations are negligible. Training costs three times the forward pass, a frozen part once.
+convolutions; norms and activations are negligible. Training costs three times the forward pass, a frozen part once; four times
+where micro-batches are embedded before they are differentiated.
 Of a self-supervised step, the branch that trains counts for one view with MoCo and BYOL and for both with SimCLR; what copies
 of the model compute (momentum, start, previous, teacher) is not counted.
 """

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from export.cost import embedding_bytes, held_values, peak_live_bytes, planned_bytes
 from export.cut import cut_stage, find_pools, find_segments
 from export.models import build_model
-from export.programs import ProgramSet, needs_embeddings, stage_terms
+from export.programs import ProgramSet, stage_terms
 from export.stage_module import reference_sizes
 from export.worker import LoweredProgram
 from lamina.manifest import EngineName, Precision, Role
@@ -104,7 +104,7 @@ def stage_needs(
             continue
         seen.add(shape)
         programs = ProgramSet(plan, {_ANY: {}}, None, _not_lowered)
-        split = needs_embeddings(plan)
+        split = plan.embeds_first
         frozen: dict[Precision, dict[str, tuple[ExportedProgram, int]]] = {}
         for precision in get_args(Precision):
             chosen = plan.model_copy(update={"training": training.model_copy(update={"prefix_precision": precision})})

@@ -29,7 +29,7 @@ from export.trace_errors import explain
 from export.worker import LoweredProgram
 from lamina.errors import CutError, ExportError
 from lamina.manifest import EngineName, Precision, Program, ProgramReference, Role, gradient_input
-from lamina.model import Contrastive, ModelDescription, SelfSupervised, Supervised
+from lamina.model import Contrastive, ModelDescription, SelfSupervised
 from lamina.names import ANY_MODALITY, second_view
 from lamina.plan import Plan, Stage
 from lamina.segments import TensorSpec
@@ -38,12 +38,6 @@ Start = Callable[[EngineName, ExportedProgram], Callable[[], LoweredProgram]]
 Keys = dict[EngineName, str]
 """Cache key of a program, by engine."""
 FROZEN_INPUT = "x"
-
-
-def needs_embeddings(plan: Plan) -> bool:
-    """Whether a stage's step is embed, loss, backward (`lamina.manifest`) instead of one program on the whole batch."""
-    compares_samples = not isinstance(plan.model.objective, Supervised)
-    return compares_samples and plan.training.samples_in_memory < plan.training.batch_size
 
 
 def stage_terms(plan: Plan, stage: Stage) -> Terms:
@@ -115,7 +109,7 @@ class ProgramSet:
     def add_stage(self, stage: Stage, cut: StageCut, what: str = "") -> tuple[Keys, Keys]:
         """Keys of the stage's training and evaluation programs; `what` follows their names in messages.
 
-        The programs of a step in micro-batches (`needs_embeddings`), unless the cut module has its objective.
+        The programs of a step in micro-batches (`Plan.embeds_first`), unless the cut module has its objective.
         """
         example = self._example(cut.inputs, model=cut.description)
         shape = look(cut.module, cut.inputs, cut.references)

@@ -41,6 +41,7 @@ def plan_costs(plan: Plan, model: nn.Module, accounting: Accounting | None = Non
         local_epochs=training.local_epochs,
         views=training.features.views,
         passes=counted_views(plan.model),
+        training_factor=plan.passes_of_a_step,
     )
 
 
@@ -74,11 +75,13 @@ def cost_report(
     local_epochs: int = 1,
     views: int = 1,
     passes: int = 1,
+    training_factor: int = TRAINING_FACTOR,
 ) -> CostReport:
     """What the stages cost one device.
 
-    `passes` are the forward passes that one training sample takes: two with SimCLR, by the convention of `export.cost`. Stored
-    features are made once for each of `views`.
+    `passes` are the forward passes that one training sample takes: two with SimCLR, by the convention of `export.cost`. An
+    active segment costs `training_factor` of them (`lamina.plan.Plan.passes_of_a_step`), end to end three. Stored features are
+    made once for each of `views`.
 
     `segments` are named as in `lamina.segments`, in exchange order; what is no stem, layer or norm is a head. `examples` hold
     one sample for each of them, on the segment's device (`meta` will do). `unused` are parts of the model that are stored but
@@ -91,7 +94,9 @@ def cost_report(
     counted = {key: _segment_cost(key, module, examples[key]) for key, module in segments.items()}
     tensors = {key: _exchanged(module) for key, module in segments.items()}
     unused = list(unused)
-    report = _Counter(counted, tensors, sum(map(_stored_bytes, unused)), accounting, passes)
+    unused_bytes = sum(map(_stored_bytes, unused))
+    report = _Counter(counted, tensors, unused_bytes, accounting, passes, training_factor)
+    whole_model = _Counter(counted, tensors, unused_bytes, accounting, passes)
 
     rounds = sum(stage.rounds for stage in stages)
     whole = Stage(index=0, active=tuple(segments), rounds=rounds, learning_rate=1.0)  # its rate costs nothing
@@ -100,8 +105,8 @@ def cost_report(
         found.append(report.stage(stage, cached))
         if stage.rounds:
             cached |= set(stage.frozen)
-    end_to_end = report.stage(whole, set())
-    baseline = _Counter(counted, tensors, report.unused_bytes, accounting.model_copy(update=_FP32), passes).stage(whole, set())
+    end_to_end = whole_model.stage(whole, set())
+    baseline = _Counter(counted, tensors, unused_bytes, accounting.model_copy(update=_FP32), passes).stage(whole, set())
 
     def run(part: Callable[[StageCosts], StepCost]) -> RunCosts:
         fills_each_round = accounting.frozen_weights == "downloaded"
@@ -137,9 +142,10 @@ class _Counter:
         unused_bytes: int,
         accounting: Accounting,
         passes: int,
+        training_factor: int = TRAINING_FACTOR,
     ) -> None:
         self.segments, self.tensors, self.unused_bytes, self.accounting = segments, tensors, unused_bytes, accounting
-        self.passes = passes
+        self.passes, self.training_factor = passes, training_factor
 
     def stage(self, stage: Stage, cached: set[str]) -> StageCosts:
         """`cached` are the frozen segments whose features the device stored in an earlier stage."""
@@ -166,7 +172,7 @@ class _Counter:
             active_bytes=4 * self._values(active),
             frozen_bytes=4 * self._values(frozen),
             model_bytes=self.unused_bytes + sum(self.segments[name].stored_bytes for name in (*active, *frozen)),
-            training_flops_per_sample=self.passes * TRAINING_FACTOR * self._macs(active),
+            training_flops_per_sample=self.passes * self.training_factor * self._macs(active),
             prefix_flops_per_sample=round(
                 self.passes * sum(share * self.segments[name].forward_macs for name, share in shares.items())
             ),

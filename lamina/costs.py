@@ -64,7 +64,7 @@ class StepCost(Record):
     """All of the model that exists in this stage, as torch stores it: active, frozen, parts that are never used, and buffers of
     every type."""
     training_flops_per_sample: Count
-    """3 x the forward pass of the active segments."""
+    """3 x the forward pass of the active segments, or 4 x (`lamina.plan.Plan.passes_of_a_step`)."""
     prefix_flops_per_sample: Count
     """1 x the frozen segments: added in every step without the feature cache."""
     fill_flops_per_sample: Count | None

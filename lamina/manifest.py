@@ -87,12 +87,12 @@ class Program(Record):
 
 class StageCost(Record):
     """What a stage costs one device. FLOPs are multiply-accumulates (methods, section 0.1): 3 x forward when trained,
-    1 x forward when frozen."""
+    1 x forward when frozen; 4 x where micro-batches are embedded first (`lamina.plan.Plan.embeds_first`)."""
 
     active_parameters: Count
     frozen_parameters: Count
     flops_per_sample: Count
-    """One training step for one sample from cached features: 3 x the forward pass of the active part."""
+    """One training step for one sample from cached features."""
     prefix_flops_per_sample: Count
     """One pass of the whole frozen prefix; with the feature cache, a device pays it once per sample, not per epoch."""
     planned_bytes: dict[EngineName, Count]

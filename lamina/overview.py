@@ -9,8 +9,6 @@ from lamina.record import Record
 from lamina.segments import HEAD, prefix_chain, segment_names
 from lamina.tensors import Encoding
 
-TRAINING_FACTOR = 3  # a trained segment costs three forward passes (docs/cost.md)
-
 
 class ModalityRow(Record):
     """One modality of one stage. FLOPs are multiply-accumulates for one sample; bytes are files in the plan's encodings."""
@@ -104,7 +102,7 @@ def _modality_row(manifest: Manifest, stage: Stage, owner: str) -> ModalityRow:
         frozen=frozen,
         active_parameters=_parameters(manifest, active),
         frozen_parameters=_parameters(manifest, frozen),
-        training_flops_per_sample=TRAINING_FACTOR * sum(manifest.segment_macs.get(name, 0) for name in active),
+        training_flops_per_sample=manifest.plan.passes_of_a_step * sum(manifest.segment_macs.get(name, 0) for name in active),
         prefix_flops_per_sample=sum(manifest.segment_macs.get(name, 0) for name in frozen),
         round_bytes_down=sum(_file(manifest, name, training.download_encoding) for name in active),
         round_bytes_up=sum(_file(manifest, name, training.upload_encoding) for name in active),

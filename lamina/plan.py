@@ -287,6 +287,17 @@ class Plan(Record):
             raise ValueError("every stage has 0 rounds: nothing would be trained")
         return self
 
+    @property
+    def embeds_first(self) -> bool:
+        """Whether a step embeds all its micro-batches before it differentiates them (`lamina.manifest`): the loss compares
+        samples, and they are not in memory together. It is then embed, loss, backward instead of one program."""
+        return self.model.objective.kind != "supervised" and self.training.samples_in_memory < self.training.batch_size
+
+    @property
+    def passes_of_a_step(self) -> int:
+        """Forward passes that training an active segment on one sample costs, the backward pass counting for two."""
+        return 4 if self.embeds_first else 3
+
     @model_validator(mode="after")
     def _can_be_combined(self) -> "Plan":
         for fault in _conflicts(self):

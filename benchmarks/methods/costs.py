@@ -1,19 +1,28 @@
-"""What a run costs a device, from the manifest's costs and the rounds that were run.
+"""What a run costs a device: planned memory, FLOPs, and bytes moved.
 
-FLOPs are multiply-accumulates (methods, section 0.1): trained parts 3 x forward, frozen parts 1 x forward. Two sums:
+FLOPs are the multiply-accumulates that a device computes for one of its examples in a run in which it takes part in every
+round; evaluations are left out. They are counted by the papers' rule, backward twice the forward pass, and then as things are:
 
-    train_macs_per_sample   one sample in each local epoch of each round: the papers' total, which does not grow with the data.
-                            `with_cache` counts a frozen segment once, when it is frozen; `without_cache` in every epoch.
-    device_macs             what a device really computed, on average over the devices: its examples, the rounds that it took
-                            part in, and the frozen segments that it drew, as often as the plan's feature store runs them
+    a step     3 x forward of the active segments, of both views where two are compared; once more where micro-batches are
+               embedded before they are differentiated (`lamina.plan.Plan.embeds_first`); 1 x forward of what runs in copies of
+               the model (`export.stage_module.references_of`)
+    features   each frozen segment once for each version of the example that is taken, and again when it is no longer stored
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.simulation import Round, SimulationResult
-from lamina.manifest import EngineName, Manifest
+from benchmarks.simulation import SimulationResult
+from edge_client import versions
+from export.programs import stage_terms
+from export.stage_module import references_of
+from lamina.depth import drawn_prefix
+from lamina.manifest import EngineName
+from lamina.plan import Plan, Stage
+
+A_DEVICE = "device-0"
+"""Whose draws of frozen layers are counted."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +30,7 @@ class Costs:
     """Bytes are means over the devices; `planned_bytes` is the largest of the stages that train."""
 
     planned_bytes: int
-    largest_macs_per_sample: int
-    train_macs_per_sample_with_cache: int
-    train_macs_per_sample_without_cache: int
-    device_macs: float
+    macs_per_sample: int
     bytes_down: float
     bytes_up: float
 
@@ -38,45 +44,60 @@ class Costs:
 
 def costs_of(result: SimulationResult, engine: EngineName) -> Costs:
     """Costs of a finished run; of no rounds, there are none."""
-    manifest, epochs = result.manifest, result.manifest.plan.training.local_epochs
-    stages = sorted({each.stage for each in result.rounds})
+    manifest, stages = result.manifest, [each.stage for each in result.rounds]
     moved = [result.bytes_of(device) for device in result.devices]
-    active = sum(epochs * manifest.stages[each.stage].cost.flops_per_sample for each in result.rounds)
-    prefix = sum(epochs * manifest.stages[each.stage].cost.prefix_flops_per_sample for each in result.rounds)
     return Costs(
         planned_bytes=max(manifest.stages[stage].cost.planned_bytes[engine] for stage in stages),
-        largest_macs_per_sample=max(manifest.stages[stage].cost.flops_per_sample for stage in stages),
-        train_macs_per_sample_with_cache=active + _prefix_macs(manifest, stages),
-        train_macs_per_sample_without_cache=active + prefix,
-        device_macs=sum(_device_macs(result, device) for device in result.devices) / len(result.devices),
+        macs_per_sample=macs_per_sample(manifest.plan, manifest.segment_macs, stages),
         bytes_down=sum(down for down, _ in moved) / len(moved),
         bytes_up=sum(up for _, up in moved) / len(moved),
     )
 
 
-def _device_macs(result: SimulationResult, device: str) -> float:
-    """Of a device with all modalities; one with fewer computes less."""
-    manifest, training = result.manifest, result.manifest.plan.training
-    mine: Sequence[Round] = [each for each in result.rounds if device in each.cohort]
-    macs = sum(training.local_epochs * manifest.stages[each.stage].cost.flops_per_sample for each in mine)
-    passes = {"stage": training.features.views, "round": training.features.views, "none": training.local_epochs}
-    known: set[tuple[str, ...]] = set()
-    for each in mine:
-        for chain in _chains(each.frozen[device]):
-            depths = [chain[: depth + 1] for depth in range(len(chain))]
-            new = [depth for depth in depths if training.features.keep != "stage" or depth not in known]
-            known.update(depths)
-            macs += passes[training.features.keep] * sum(manifest.segment_macs[depth[-1]] for depth in new)
-    return result.examples[device] * macs
+def macs_per_sample(plan: Plan, segment_macs: Mapping[str, int], stage_by_round: Sequence[int]) -> int:
+    """`segment_macs` are those of one forward pass of each segment, `stage_by_round` the rounds that were run."""
+    total, known = 0, set[tuple[int, tuple[str, ...]]]()
+    epochs, store = plan.training.local_epochs, plan.training.features
+    for place, index in enumerate(stage_by_round):
+        stage, number = plan.stages[index], stage_by_round[:place].count(index)
+        total += epochs * step_macs(plan, stage, segment_macs)
+        for modality in plan.model.modalities:
+            chain = _frozen(plan, stage, modality, number)
+            count = store.views if modality in plan.training.augmentation else 1
+            for taken in _taken(plan, number, count):
+                for depth, name in enumerate(chain):
+                    made = (taken, tuple(chain[: depth + 1]))
+                    if store.keep != "stage" or made not in known:
+                        total += segment_macs[name]
+                        known.add(made)
+    return total
 
 
-def _chains(frozen: Sequence[str]) -> list[tuple[str, ...]]:
-    """Segments by modality, in order."""
-    modalities = dict.fromkeys(name.partition(".")[0] for name in frozen)
-    return [tuple(name for name in frozen if name.partition(".")[0] == modality) for modality in modalities]
+def step_macs(plan: Plan, stage: Stage, segment_macs: Mapping[str, int]) -> int:
+    """Of one example in one epoch, features apart."""
+    active = plan.passes_of_a_step * sum(segment_macs[name] for name in stage.active)
+    copies = references_of(plan.model, stage, stage_terms(plan, stage), is_judged=False)
+    copied = sum(segment_macs[name] for names in copies.values() for name in names)
+    return (2 if _compares_views(plan) else 1) * (active + copied)
 
 
-def _prefix_macs(manifest: Manifest, stages: Sequence[int]) -> int:
-    """Each segment that is frozen in one of these stages, once: what the stages before computed is on disk."""
-    frozen = {name for stage in stages for name in manifest.plan.stages[stage].frozen}
-    return sum(manifest.segment_macs[name] for name in frozen)
+def _taken(plan: Plan, number: int, count: int) -> Sequence[int]:
+    """The versions of an example whose features a round needs, of `count`; each time, where they are not stored."""
+    epochs, in_pairs = plan.training.local_epochs, _compares_views(plan)
+    if plan.training.features.keep != "none":
+        return sorted(versions.of_job(number, epochs, count, in_pairs))
+    first = number * epochs
+    return [taken for epoch in range(first, first + epochs) for taken in versions.of_epoch(epoch, count, in_pairs)]
+
+
+def _frozen(plan: Plan, stage: Stage, modality: str, number: int) -> list[str]:
+    chain = stage.frozen_chain(plan.model, modality)
+    dropout = plan.training.depth_dropout
+    if dropout is None:
+        return chain
+    layers = len([name for name in stage.active if name.startswith(f"{modality}.layers.")])
+    return drawn_prefix(chain, layers, dropout, plan.seed, stage.index, number, A_DEVICE)
+
+
+def _compares_views(plan: Plan) -> bool:
+    return plan.model.objective.kind == "self_supervised"

@@ -146,20 +146,9 @@ def probe(model: TrainedModel, loaded: Loaded, seed: int) -> dict[str, Any]:
 
 def describe(result: SimulationResult) -> dict[str, Any]:
     """Costs, and the course of the run round by round."""
-    stages = [
-        {
-            "rounds": sum(each.stage == programs.index for each in result.rounds),
-            "active_parameters": programs.cost.active_parameters,
-            "planned_bytes": programs.cost.planned_bytes[ENGINE],
-            "macs_per_sample": programs.cost.flops_per_sample,
-            "prefix_macs_per_sample": programs.cost.prefix_flops_per_sample,
-        }
-        for programs in result.manifest.stages
-    ]
     return {
         "devices": len(result.devices),
         **costs_of(result, ENGINE).as_row(),
-        "stages": stages,
         "stage_by_round": [each.stage for each in result.rounds],
         "train_loss_by_round": [round(each.train_loss, 5) for each in result.rounds],
         "accuracy_by_round": [None if each.test_accuracy is None else round(each.test_accuracy, 5) for each in result.rounds],

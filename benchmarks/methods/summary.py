@@ -14,15 +14,16 @@ from benchmarks.methods.cells import usual_setting
 from benchmarks.methods.plans import baseline_of
 from benchmarks.methods.retrieval import CUTS
 
-COSTS = ("planned_bytes", "train_macs_per_sample_with_cache", "bytes_moved", "cpu_seconds")
+COSTS = ("planned_bytes", "macs_per_sample", "bytes_moved", "cpu_seconds")
 NOTES = (
     "memory: weights, gradients, optimiser moments and activations of one batch, as planned at export, in the largest stage. "
-    "FLOPs: multiply-accumulates of one sample in every local epoch of the run, trained parts 3 x forward, and each frozen "
-    "segment once, because its output is kept. Bytes: blobs and updates of one device over the run, programs included, heads "
-    "included, without JSON messages. Memory and FLOPs do not depend on the machine. CPU: seconds of all devices over the run, "
-    "features and evaluations included, the export not; rows may be of different days of a noisy machine. Shock: points that "
-    "the model loses when a stage attaches its layers, before they train; drop: from the last round of a stage to the end of "
-    "the first of the next. Both are means over the changes of stages.",
+    "FLOPs: multiply-accumulates of one sample in every local epoch of the run, trained parts 3 x forward (4 x where "
+    "micro-batches are embedded first), copies of the model 1 x, both views where two are compared, and each frozen segment "
+    "once for each stored version of the sample (benchmarks/methods/costs.py). Bytes: blobs and updates of one device over "
+    "the run, programs included, heads included, without JSON messages. Memory and FLOPs do not depend on the machine. CPU: "
+    "seconds of all devices over the run, features and evaluations included, the export not; rows may be of different days "
+    "of a noisy machine. Shock: points that the model loses when a stage attaches its layers, before they train; drop: from "
+    "the last round of a stage to the end of the first of the next. Both are means over the changes of stages.",
 )
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from export.cost import planned_bytes
 from export.cut import find_segments
-from export.programs import needs_embeddings
 from export.trace import example_batch, forward_graph
 from lamina.errors import CutError
 from lamina.manifest import gradient_input
@@ -83,17 +82,17 @@ def test_names_and_shapes_of_the_three_contrastive_programs(pair):
 
 
 def test_a_contrastive_batch_that_is_one_piece_stays_one_program(tmp_path, cache):
-    assert not needs_embeddings(plan_of(PAIR))
+    assert not plan_of(PAIR).embeds_first
     plan = one_stage(plan_of(PAIR, micro_batch=BATCH))
-    assert not needs_embeddings(plan)
+    assert not plan.embeds_first
     manifest = export_tiny(tmp_path / "b", cache, plan=plan)
     assert {program.role for program in manifest.programs.values()} == {"train"}
     assert manifest.loss_programs == {}
 
 
 def test_a_supervised_stage_needs_no_embeddings():
-    assert not needs_embeddings(plan_of(TWO, micro_batch=1))
-    assert needs_embeddings(plan_of(PAIR, micro_batch=1))
+    assert not plan_of(TWO, micro_batch=1).embeds_first
+    assert plan_of(PAIR, micro_batch=1).embeds_first
 
 
 def test_planned_bytes_of_contrastive_micro_batches(pair):
@@ -103,6 +102,14 @@ def test_planned_bytes_of_contrastive_micro_batches(pair):
         at_once = max(*peaks, loss.activation_bytes) + 4 * BATCH * OUTPUT * 2
         cost = programs.cost
         assert cost.planned_bytes["torch"] == planned_bytes(cost.active_parameters, pair.plan.training.optimizer, at_once)
+
+
+def test_embedding_first_is_a_further_forward_pass(pair, tmp_path, cache):
+    whole = export_tiny(tmp_path / "b", cache, plan=plan_of(PAIR))
+    assert (pair.plan.passes_of_a_step, whole.plan.passes_of_a_step) == (4, 3)
+    for pieces, one in zip(pair.stages, whole.stages, strict=True):
+        # The whole step has the products of the loss as well.
+        assert pieces.cost.flops_per_sample * 3 == pytest.approx(one.cost.flops_per_sample * 4, rel=1e-3)
 
 
 def test_the_loss_program_is_paid_once(pair):

@@ -22,7 +22,7 @@ from lamina.plan import Stage
 from lamina.segments import TensorSpec
 from lamina.strategies import make_stages
 from lamina.tensors import ENCODINGS, encode
-from tests.export.tiny import AUDIO, LAYERS, ONE, TWO, export_tiny, model_of, plan_of
+from tests.export.tiny import AUDIO, LAYERS, ONE, PAIR, TWO, export_tiny, model_of, plan_of
 
 CLI = Typer()
 CLI.command()(cost)
@@ -45,6 +45,12 @@ def test_it_says_what_the_export_says(tmp_path):
         assert step.round_bytes_down == promised.round_bytes_down
         assert step.round_bytes_up == promised.round_bytes_up
         assert step.prefix_bytes_down == promised.frozen_bytes
+
+
+def test_embedding_first_counts_in_the_plan_and_not_in_the_end_to_end_training_beside_it():
+    whole, pieces = (report_of(plan_of(PAIR, micro_batch=size)) for size in (None, 3))
+    assert 3 * pieces.with_heads.plan.training_flops == 4 * whole.with_heads.plan.training_flops > 0
+    assert pieces.with_heads.end_to_end == whole.with_heads.end_to_end
 
 
 NAMES = st.text(st.sampled_from("abcdefgh0123456789._é"), min_size=1, max_size=12)
