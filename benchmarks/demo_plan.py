@@ -55,11 +55,13 @@ def demo_plan(
 
 
 def skewed_rounds(total: int, stages: int) -> list[int]:
-    """`total` rounds, about 4 in 9 of them in stage 0 and the others even: 18 over 6 stages is 8, 2, 2, 2, 2, 2."""
+    """`total` rounds, about 4 in 9 of them in stage 0 and the others even: 18 over 6 stages is 8, 2, 2, 2, 2, 2. Where there
+    are enough for it, each stage has one at least: 20 over 16 stages is 5, 1, ..., 1."""
     if total < 1:
         raise ConfigError(f"--rounds must be at least 1, given {total}")
     if stages == 1:
         return [total]
-    later, extra = divmod(total - -(-total * 4 // 9), stages - 1)
+    remaining = total - -(-total * 4 // 9)
+    later, extra = divmod(max(remaining, stages - 1) if total >= stages else remaining, stages - 1)
     others = [later + (1 if index < extra else 0) for index in range(stages - 1)]
     return [total - sum(others), *others]

@@ -2,14 +2,16 @@
 
     main            labelled data: every method in the data set's usual setting, with lamina's recipe and the bounds
     self-supervised Fashion-MNIST without its labels, and a linear probe; 4 clients, and 32 of which 8 train in a round,
-                    in 18 rounds and in 90
+                    in 18 rounds and in 90, and with 12 layers
     pairs           Emoji-4Style, image and text, contrastive; a drawing style is a client. AV-Digits MEDIUM without its head,
                     whose pairs were made by class, and a linear probe
     real            AV-Digits MEDIUM, layer-wise, through real processes: the same scores as in simulation
     participation   AV-Digits MEDIUM, 16 clients of which 25, 50 and 100 % train in a round; HARD with 25 %
     skew            AV-Digits MEDIUM, 4 clients, Dirichlet 0.1 and 5 beside the usual 0.5
-    deep            12 layers instead of 6, and a lean plan: micro-batches, small encodings
-    options         AV-Digits MEDIUM and seglearn: a layer-wise plan with one option each; blending with HARD too
+    deep            12 layers instead of 6, and a lean plan: micro-batches, small encodings. 16 layers of Fashion-MNIST, in
+                    whole batches, and of Emoji: where samples are compared, micro-batches take a further forward pass
+    options         AV-Digits MEDIUM and seglearn: a layer-wise plan with one option each, end to end with other rates;
+                    blending and rates with HARD too
     lacking         half of the clients have one modality; left out, or taking part; also with pairs
     small           half of the clients can hold one layer at a time and no more: end to end goes without them
     pretrained      seglearn with six clients, whose model starts at random, or from training on two other subjects
@@ -107,12 +109,15 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell(data, RECIPE, usual_setting(data), seed)
         yield Cell(data, CENTRALISED, POOLED, seed)
         yield Cell(data, LINEAR, POOLED, seed)
-    for method in (name for name in SELF_SUPERVISED if "lean" not in name):
+    for method in (name for name in SELF_SUPERVISED if not name.startswith("lw_fedsimclr_")):
         yield Cell("fashion", method, USUAL, seed)
     for method in ("fedssl", "lw_fedssl", "prog_fedssl", "lw_fedssl_ours"):
         yield Cell("fashion", method, MANY, seed)
         yield Cell("fashion", method, MANY, seed, LONG_ROUNDS)
-    yield Cell("fashion", "lw_fedssl_2", MANY, seed)
+    for method in ("lw_fedssl_2", "fedssl_half_rate", "fedssl_double_rate", "fedssl_triple_rate"):
+        yield Cell("fashion", method, MANY, seed)
+    for method in ("fedssl", "lw_fedssl", "lw_fedssl_ours"):
+        yield Cell("fashion_12", method, MANY, seed, DEEP_ROUNDS)
     for bound in (LINEAR, UNTRAINED):
         yield Cell("fashion", bound, POOLED, seed)
     for method in (*METHODS, RECIPE):
@@ -140,10 +145,14 @@ def _of_seed(seed: int) -> Iterator[Cell]:
             yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
     for method in ("fedsimclr", "lw_fedsimclr", "lw_fedsimclr_lean", "lw_fedsimclr_lean_ours"):
         yield Cell("fashion_12", method, USUAL, seed, DEEP_ROUNDS)
+    for method in ("fedsimclr", "lw_fedsimclr_whole_ours"):
+        yield Cell("fashion_16", method, USUAL, seed, DEEP_ROUNDS)
+    for method in (BASELINE, "lw_lean"):
+        yield Cell("emoji_16", method, NATURAL, seed, DEEP_ROUNDS)
     for method in (name for name in OPTIONS if name != RECIPE):
         for data in ("av_digits_medium", "seglearn"):
             yield Cell(data, method, usual_setting(data), seed)
-    for method in BLENDED:
+    for method in (*BLENDED, "e2e_half_rate", "e2e_double_rate"):
         yield Cell("av_digits_hard", method, usual_setting("av_digits_hard"), seed)
     for data, clients, split in (("av_digits_medium", 8, "beta=0.5"), ("seglearn", 0, "natural")):
         for method in (BASELINE, "layerwise", *PARTIAL):

@@ -1,7 +1,7 @@
 """The data sets of the comparison, each with its model, and how they are dealt to clients.
 
 The models are those of the demo: 6 layers of width 64 for each modality, projections of 64 and 32. A name that ends in `_12`
-is the same data with 12 layers. `minilm` is MiniLM with its pretrained weights, 6 layers of width 384.
+or `_16` is the same data with so many layers. `minilm` is MiniLM with its pretrained weights, 6 layers of width 384.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -211,9 +211,11 @@ DATA_SETS: dict[str, DataSet] = {
         load_emoji_pairs,
     ),
 }
+_DEEP = {12: ("av_digits_medium", "av_digits_hard", "seglearn", "fashion", "emoji"), 16: ("fashion", "emoji")}
 DATA_SETS |= {
-    f"{name}_12": DataSet(with_layers(DATA_SETS[name].model, 12), DATA_SETS[name].load)
-    for name in ("av_digits_medium", "av_digits_hard", "seglearn", "fashion", "emoji")
+    f"{name}_{layers}": DataSet(with_layers(DATA_SETS[name].model, layers), DATA_SETS[name].load)
+    for layers, names in _DEEP.items()
+    for name in names
 }
 
 

@@ -141,13 +141,13 @@ METHODS: dict[str, MakePlan] = {
 
 _ZERO: dict[str, Any] = {"zero_init": True}
 _DISTILL: dict[str, Any] = {"distill": 0.5}
-_LEAN: dict[str, Any] = {
-    "micro_batch": 4,
+_SMALL_FILES: dict[str, Any] = {
     "download_encoding": "fp16",
     "upload_encoding": "int8",
     "compression": "zstd",
     "features": FeatureStore(encoding="fp16"),
 }
+_LEAN = _SMALL_FILES | {"micro_batch": 4}
 _VIEWS: dict[str, Any] = {
     "augmentation": {"image": Augmentation(shift=4, erase=0.3), "text": Augmentation(erase=0.3)},
     "features": FeatureStore(views=8),
@@ -256,6 +256,9 @@ _FRESH = FeatureStore(views=8, keep="round")
 _FLL = {"optimizer": SGD(momentum=0.9)}
 SELF_SUPERVISED: dict[str, MakePlan] = {
     "fedssl": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO),
+    "fedssl_half_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO, ONE_RATE / 2),
+    "fedssl_double_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO, ONE_RATE * 2),
+    "fedssl_triple_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO, ONE_RATE * 3),
     "lw_fedssl": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO),
     "prog_fedssl": lambda *given: self_supervised_plan(*given, "progressive", _MOCO),
     "lw_fedssl_2": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, layers_per_stage=2),
@@ -274,6 +277,9 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     ),
     "lw_fedsimclr_lean_ours": lambda *given: self_supervised_plan(
         *given, "layerwise", _SIMCLR, is_ours=True, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
+    ),
+    "lw_fedsimclr_whole_ours": lambda *given: self_supervised_plan(
+        *given, "layerwise", _SIMCLR, is_ours=True, **(_SMALL_FILES | {"features": FeatureStore(views=8, encoding="fp16")})
     ),
     "lw_fedsimclr": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR),
     "fedsimclr_sgd": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR, 0.05, **_FLL),
