@@ -3,7 +3,8 @@
 Question   Final test accuracy on AV-Digits MEDIUM, layer-wise over 4 devices, of everything switched on (micro-batches, int8
            features, int8 prefix, int8 updates, fp16 downloads, zstd) and of each alone, against plain float32 without a
            feature cache; 3 seeds.
-Method     The demo's plan and data, through real processes on ONNX Runtime. A row is the mean over seeds.
+Method     The demo's data, and its plan without gradient blending, through real processes on ONNX Runtime. A row is the mean
+           over seeds.
 Not shown  Larger models; seeds and settings of the demo were chosen on the same data (`benchmarks.demo_plan`).
 
     python -m benchmarks.accuracy [--seeds 0,1,2] [--rows NAME,NAME] [--fresh]

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.data.av_digits import Level, Split, load_av_digits
 from benchmarks.data.partition import dirichlet_rows, even_rows
-from benchmarks.demo_plan import MODEL, demo_plan
+from benchmarks.demo_plan import MODEL, blended, demo_plan
 from benchmarks.processes import Processes
 from benchmarks.report import FinalModel, write_report
 from export.assemble import assemble
@@ -68,7 +68,7 @@ def _run(settings: DemoSettings) -> None:
     console.print(f"[bold]AV-Digits {settings.level}[/bold], seed {settings.seed}, over {settings.devices} devices")
     train, test = load_av_digits(settings.level, settings.seed)
     files = deal_data(train, test, settings, out / "data")
-    models = [MODEL, *(MODEL.only(name) for name in MODEL.modalities)] if settings.with_baselines else [MODEL]
+    models = [blended(MODEL), *(MODEL.only(name) for name in MODEL.modalities if settings.with_baselines)]
     plans = [
         demo_plan(model, settings.strategy, settings.rounds, settings.layers_per_stage, settings.devices, settings.seed)
         for model in models

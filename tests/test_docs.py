@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.demo_plan import MODEL, demo_plan
+from benchmarks.demo_plan import MODEL, blended, demo_plan
 from lamina import model, plan
 from lamina.cli.reference import PAGE, render, verbs
 from lamina.plan import Plan
@@ -74,7 +74,7 @@ def test_every_plan_key_has_a_row() -> None:
 
 def test_the_plan_file_to_copy_is_the_plan_of_the_demo() -> None:
     file = ROOT / "benchmarks" / "plans" / "av_digits.json"
-    assert Plan.from_file(file) == demo_plan(MODEL, "layerwise", rounds=18, layers_per_stage=1, devices=4, seed=0)
+    assert Plan.from_file(file) == demo_plan(blended(MODEL), "layerwise", rounds=18, layers_per_stage=1, devices=4, seed=0)
 
 
 def test_links_between_pages_lead_somewhere() -> None:

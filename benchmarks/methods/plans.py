@@ -10,7 +10,7 @@ rate for all strategies, as in the papers, but for `_ours`.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.demo_plan import LEARNING_RATE, skewed_rounds
+from benchmarks.demo_plan import LEARNING_RATE, blended, skewed_rounds
 from lamina.model import Contrastive, ModelDescription, ModuleEncoder, Projection, SelfSupervised, Supervised
 from lamina.plan import (
     SGD,
@@ -158,17 +158,12 @@ _STALL: dict[str, Any] = {"self_tuning": SelfTuning(patience=1, min_improvement=
 def recipe(model: ModelDescription, rounds: int, clients: int, seed: int) -> Plan:
     """What lamina recommends (plans/lamina.toml): one layer at a time that begins as the identity, gradient blending where
     there are labels, micro-batches, and small encodings."""
-    blend = blended(model) if isinstance(model.objective, Supervised) else None
-    return strategy_plan(model, rounds, clients, seed, "layerwise", more=_ZERO, objective=blend, **_LEAN)
-
-
-def blended(model: ModelDescription) -> dict[str, Any]:
-    """Gradient blending: each modality's own classifier is trained too, with a weight that nobody tuned."""
-    return {"blend": dict.fromkeys(model.modalities, 0.3)}
+    model = blended(model) if isinstance(model.objective, Supervised) else model
+    return strategy_plan(model, rounds, clients, seed, "layerwise", more=_ZERO, **_LEAN)
 
 
 def with_blending(strategy: StrategyName) -> MakePlan:
-    return lambda model, *given: strategy_plan(model, *given, strategy, objective=blended(model))
+    return lambda model, *given: strategy_plan(blended(model), *given, strategy)
 
 
 def with_wide_heads(model: ModelDescription) -> ModelDescription:
