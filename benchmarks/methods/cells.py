@@ -28,8 +28,8 @@ from typing import Any
 from benchmarks.methods.plans import BASELINE, BLENDED, METHODS, OPTIONS, PARTIAL, PRETRAINED, REAL, RECIPE, SELF_SUPERVISED
 
 CENTRALISED, LINEAR, UNTRAINED = "centralised", "linear", "untrained"
-"""Bounds: the baseline's plan on one client that has all data; a linear model on raw values; and, for self-supervised methods,
-a linear probe on the features of a model that was never trained."""
+"""Bounds: the baseline's plan on one client that has all data; a linear model on raw values (`benchmarks.methods.bounds`); and,
+for self-supervised methods, a linear probe on the features of a model that was never trained."""
 ROUNDS, DEEP_ROUNDS, LONG_ROUNDS = 18, 20, 90
 SKEWS, SHARES = ("beta=0.1", "beta=5"), (0.25, 0.5, 1.0)
 SUPERVISED = ("av_digits_medium", "av_digits_hard", "seglearn")
@@ -118,10 +118,12 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("fashion", method, MANY, seed)
     for method in ("fedssl", "lw_fedssl", "lw_fedssl_ours"):
         yield Cell("fashion_12", method, MANY, seed, DEEP_ROUNDS)
-    for bound in (LINEAR, UNTRAINED):
+    for bound in (CENTRALISED, LINEAR, UNTRAINED):
         yield Cell("fashion", bound, POOLED, seed)
     for method in (*METHODS, RECIPE):
         yield Cell("emoji", method, usual_setting("emoji"), seed)
+    for bound in (CENTRALISED, LINEAR):
+        yield Cell("emoji", bound, POOLED, seed)
     for method in (BASELINE, "layerwise", "lw_classes"):
         yield Cell("av_digits_pairs", method, USUAL, seed)
     for method in REAL:

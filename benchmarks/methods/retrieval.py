@@ -3,7 +3,7 @@
 Several gallery items may be right, such as the same concept in four styles: the best placed of them counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,11 @@ def both_ways(
     there = recall(images, texts[first], group, group[first], cuts)
     back = recall(texts[first], images, group[first], group, cuts)
     return {f"image_to_text_r{cut}": there[cut] for cut in cuts} | {f"text_to_image_r{cut}": back[cut] for cut in cuts}
+
+
+def mean_recall(recalls: Mapping[str, float], cut: int) -> float:
+    """Of `both_ways`, the mean of both."""
+    return (recalls[f"image_to_text_r{cut}"] + recalls[f"text_to_image_r{cut}"]) / 2
 
 
 def _unit(rows: NDArray[np.floating]) -> NDArray[np.floating]:

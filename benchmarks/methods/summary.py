@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.methods.cells import usual_setting
 from benchmarks.methods.plans import baseline_of
-from benchmarks.methods.retrieval import CUTS
+from benchmarks.methods.retrieval import CUTS, mean_recall
 
 COSTS = ("planned_bytes", "macs_per_sample", "bytes_moved", "cpu_seconds")
 NOTES = (
@@ -54,7 +54,7 @@ def _entry(mine: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
         "points_range": [min(points), max(points)] if points else None,
     }
     if "image_to_text_r1" in mine[0]:
-        entry["recall"] = {str(cut): _mean_and_spread([_recall(row, cut) for row in mine]) for cut in CUTS}
+        entry["recall"] = {str(cut): _mean_and_spread([mean_recall(row, cut) for row in mine]) for cut in CUTS}
     for name, measure in (("shock_at_stage_start_points", stage_shock), ("drop_at_stage_change_points", stage_drop)):
         found = [points for row in mine if (points := measure(row)) is not None]
         entry[name] = statistics.mean(found) if found else None
@@ -63,11 +63,6 @@ def _entry(mine: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
         entry[cost] = means[0]
         entry[f"{cost}_times_less"] = means[1] / means[0] if means[0] and means[1] else None
     return entry
-
-
-def _recall(row: dict[str, Any], cut: int) -> float:
-    """The mean of both ways."""
-    return (float(row[f"image_to_text_r{cut}"]) + float(row[f"text_to_image_r{cut}"])) / 2
 
 
 def _mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.methods.bounds import linear_accuracy
+from benchmarks.methods.bounds import linear_accuracy, linear_recalls
 from benchmarks.methods.cells import (
     CENTRALISED,
     LINEAR,
@@ -136,6 +136,25 @@ def test_the_linear_bound_separates_classes_with_far_means_and_not_noise() -> No
     rng = np.random.default_rng(0)
     noise = [{"x": rng.normal(size=(n, 10)).astype(np.float32), "label": rng.integers(0, 4, n)} for n in (400, 400)]
     assert 0.1 < linear_accuracy(Loaded(*noise), 0)[0] < 0.4  # four classes: chance is 0.25
+
+
+def test_the_linear_bound_of_pairs_finds_the_captions_of_new_images_and_nothing_in_noise() -> None:
+    """An image is a sum of patterns, one for each word of its caption; captions of the test are new combinations."""
+    rng = np.random.default_rng(0)
+    patterns = rng.normal(size=(21, 40))
+    captions = np.array([rng.choice(np.arange(1, 21), 3, replace=False) for _ in range(360)])
+    text = np.pad(captions, ((0, 0), (0, 2)))  # 0 is padding
+    image = (patterns[captions].sum(axis=1) + 0.1 * rng.normal(size=(360, 40))).astype(np.float32)
+
+    def recalls(image: np.ndarray) -> dict[str, float]:
+        parts = [{"image": image[rows], "text": text[rows]} for rows in (slice(300), slice(300, None))]
+        return linear_recalls(Loaded(*parts, test_groups=np.unique(text[300:], axis=0, return_inverse=True)[1]), 0)[0]
+
+    found, chance = recalls(image), recalls(rng.normal(size=image.shape).astype(np.float32))
+    assert found["image_to_text_r1"] > 0.9 and found["text_to_image_r1"] > 0.9
+    assert chance["image_to_text_r5"] < 0.25 and chance["text_to_image_r5"] < 0.25  # of 60: 0.08
+    with pytest.raises(ConfigError, match="same answer"):
+        linear_recalls(load_tiny(0), 0)
 
 
 # Retrieval
@@ -271,5 +290,6 @@ def test_the_hash_of_a_cell_follows_its_plan(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_centralised_bound_is_the_baselines_plan() -> None:
     central, baseline = (plan_of(Cell("seglearn", name, POOLED, 3)) for name in (CENTRALISED, "end_to_end"))
     assert central == baseline
+    assert plan_of(Cell("fashion", CENTRALISED, POOLED, 3)) == plan_of(Cell("fashion", "fedssl", POOLED, 3))
     with pytest.raises(ConfigError, match="known methods are end_to_end"):
         plan_of(Cell("seglearn", "unknown", POOLED, 0))
