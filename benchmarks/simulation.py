@@ -11,7 +11,7 @@ Bytes are those of the blobs and updates that a device would move: a blob that i
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from benchmarks.simulated_device import Device, SharedEngine
+from benchmarks.simulated_weights import SimulatedWeights
 from coordinator.aggregate import Contribution, weighted_mean
 from coordinator.assignments import needed_segments
 from coordinator.cohort import draw_cohort
@@ -36,13 +37,12 @@ from edge_client.stage_model import StageModel
 from edge_client.train import Evaluated, Trained
 from edge_client.trainer import features, stage_model, update_file, work
 from export.bundle import export_bundle
-from lamina.bundle import blob_path
-from lamina.compression import Compression, compress, compress_file
+from lamina.compression import compress_file
 from lamina.errors import ConfigError
 from lamina.manifest import EngineName, Manifest
 from lamina.plan import Plan, Stage
-from lamina.segments import TensorSpec, belongs
-from lamina.tensors import Encoding, Float32, decode_file, encode, hash_bytes
+from lamina.segments import belongs
+from lamina.tensors import Float32
 from lamina.wire import Assignment, Phase
 
 ReadWeights = Callable[[], dict[str, dict[str, Float32]]]
@@ -140,14 +140,10 @@ class Simulation:
         calibration_file: Path | None = None,
     ) -> None:
         """Raises DataError for a file that does not fit the model, ConfigError if the plan needs other data than there is."""
-        self._manifest, self._digest, self._bundle = manifest, manifest.digest, bundle
+        self._manifest, self._digest = manifest, manifest.digest
         self._manifest_bytes = len(manifest.to_json())
         self._engine = SharedEngine(load_engine(engine))
-        self._store = folder / "weights"
-        self._store.mkdir(parents=True, exist_ok=True)
-        self._masters = dict(manifest.initial_weights)
-        self._variants: dict[tuple[str, Encoding, Compression], str] = {}
-        self._teacher: dict[str, str] = {}
+        self._newest = SimulatedWeights(manifest, bundle, folder / "weights")
         self._devices = {
             name: Device(name, file, folder / name, manifest, engine)
             for name, file in ((f"device-{index}", file) for index, file in enumerate(files))
@@ -174,7 +170,7 @@ class Simulation:
         return SimulationResult(
             manifest=self._manifest,
             rounds=tuple(rounds),
-            blobs=dict(self._masters),
+            blobs=dict(self._newest.blobs),
             weights=self.weights(),
             devices=tuple(self._devices),
             examples={name: device.data.train_examples for name, device in self._devices.items()},
@@ -183,7 +179,7 @@ class Simulation:
 
     def weights(self) -> dict[str, dict[str, Float32]]:
         """The newest weights of every segment."""
-        return {name: self._tensors(name) for name in self._masters}
+        return {name: self._newest.tensors(name) for name in self._newest.blobs}
 
     def _rounds(self, size: int) -> Iterator[Round]:
         """All rounds of all stages, as `coordinator.rounds.advance` goes through them."""
@@ -235,11 +231,11 @@ class Simulation:
 
     def _remember_teacher(self, stage: Stage) -> None:
         """As `coordinator.stages`: the active segments that were part of the model before, if a program compares with them."""
-        self._teacher = {}
+        self._newest.teacher = {}
         if stage.index and needs_teacher(self._manifest, stage.index):
             before = self._manifest.plan.stages[stage.index - 1]
             names = [name for name in stage.active if name in before.active or name in before.frozen]
-            self._teacher = {name: self._masters[name] for name in names}
+            self._newest.teacher = {name: self._newest.blobs[name] for name in names}
 
     def _assign(self, device: Device, phase: Phase, stage: int, number: int) -> Assignment:
         """The work of one device in one round: what `coordinator.assignments` and `coordinator.variants` answer. All that a
@@ -247,9 +243,9 @@ class Simulation:
         plan = self._manifest.plan
         terms = agree(plan.training, device.facts)
         names = needed_segments(self._manifest, phase, stage, number, device.name, device.modalities)
-        weights = {name: self._variant(name, terms.download_encoding, "none") for name in names}
-        packed = {name: self._variant(name, terms.download_encoding, terms.compression) for name in names}
-        teacher = {name: blob for name, blob in self._teacher.items() if belongs(name, device.modalities)}
+        weights = {name: self._newest.variant(name, terms.download_encoding, "none") for name in names}
+        packed = {name: self._newest.variant(name, terms.download_encoding, terms.compression) for name in names}
+        teacher = {name: blob for name, blob in self._newest.teacher.items() if belongs(name, device.modalities)}
         return Assignment(
             phase=phase,
             run="run-1",
@@ -275,7 +271,7 @@ class Simulation:
             work=assignment,
             manifest=self._manifest,
             data=device.data,
-            fetch=device.fetcher(assignment, self._path, self._manifest_bytes) if is_asked else self._path,
+            fetch=device.fetcher(assignment, self._newest.path, self._manifest_bytes) if is_asked else self._newest.path,
             state=device.state if is_asked else device.state / "unasked",
             device=device.name,
             engine=self._engine.name,
@@ -324,31 +320,16 @@ class Simulation:
         trained = {name for each in updates for name in manifest.exchange(stage.index, each.modalities)}
         contributions = [each.contribution for each in updates]
         specs = manifest.exchange_specs(stage.index)
-        new = weighted_mean(self._vector(stage.active), contributions, specs, manifest.plan.server_learning_rate)
-        self._name_weights([name for name in stage.active if name in trained], new)
+        new = weighted_mean(self._newest.vector(stage.active), contributions, specs, manifest.plan.server_learning_rate)
+        self._newest.replace([name for name in stage.active if name in trained], new)
 
     def _calibrate(self, stage: int, number: int) -> None:
         """As `coordinator.calibration`, with the one calibrator there is."""
         if self._calibrator is not None:
             update = self._train(self._calibrator, "calibrate", stage, number)
             names = self._manifest.calibrated(stage)
-            new = weighted_mean(self._vector(names), [update.contribution], self._manifest.specs(names))
-            self._name_weights(names, new)
-
-    def _vector(self, names: Sequence[str]) -> dict[str, Float32]:
-        return {f"{name}/{key}": value for name in names for key, value in self._tensors(name).items()}
-
-    def _name_weights(self, names: Sequence[str], vector: Mapping[str, Float32]) -> None:
-        """Stores new weights of these segments; what is not current any more is deleted."""
-        for name in names:
-            specs: Sequence[TensorSpec] = self._manifest.segment(name).tensors
-            self._masters[name] = self._put(encode({spec.name: vector[f"{name}/{spec.name}"] for spec in specs}))
-        current = {*self._masters.values()}
-        self._variants = {key: blob for key, blob in self._variants.items() if key[0] in current}
-        current |= {*self._variants.values(), *self._teacher.values()}
-        for path in self._store.iterdir():
-            if path.name not in current:
-                path.unlink()
+            new = weighted_mean(self._newest.vector(names), [update.contribution], self._manifest.specs(names))
+            self._newest.replace(names, new)
 
     def _evaluate(self, cohort: Sequence[Device], stage: int, number: int) -> dict[str, Evaluated]:
         """What every device with test rows says of the newest weights. A coordinator asks the cohort alone, so the others
@@ -361,35 +342,6 @@ class Simulation:
             assert isinstance(result, Evaluated)
             found[device.name] = result
         return found
-
-    def _variant(self, name: str, encoding: Encoding, compression: Compression) -> str:
-        """The blob of a segment's newest weights in an encoding, compressed if that is smaller (`coordinator.variants`)."""
-        master = self._masters[name]
-        if (encoding, compression) == ("fp32", "none"):
-            return master
-        key = (master, encoding, compression)
-        if key not in self._variants:
-            if compression == "none":
-                self._variants[key] = self._put(encode(self._tensors(name), encoding))
-            else:
-                plain = self._variant(name, encoding, "none")
-                data = self._path(plain).read_bytes()
-                packed = compress(data, compression)
-                self._variants[key] = self._put(packed) if len(packed) < len(data) else plain
-        return self._variants[key]
-
-    def _tensors(self, name: str) -> dict[str, Float32]:
-        return decode_file(str(self._path(self._masters[name])), self._manifest.segment(name).tensors)
-
-    def _path(self, digest: str) -> Path:
-        """A blob's file: of the bundle, or of what was aggregated."""
-        return blob_path(self._bundle, digest) if digest in self._manifest.blobs else self._store / digest
-
-    def _put(self, data: bytes) -> str:
-        digest = hash_bytes(data)
-        if digest not in self._manifest.blobs:
-            (self._store / digest).write_bytes(data)
-        return digest
 
 
 @dataclass(frozen=True)
