@@ -147,7 +147,8 @@ def _of_seed(seed: int) -> Iterator[Cell]:
             yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
     for method in ("fedsimclr", "lw_fedsimclr", "lw_fedsimclr_lean", "lw_fedsimclr_lean_ours"):
         yield Cell("fashion_12", method, USUAL, seed, DEEP_ROUNDS)
-    for method in ("fedsimclr", "lw_fedsimclr_whole_ours"):
+    yield Cell("fashion_12", "lamina_simclr", USUAL, seed, DEEP_ROUNDS)
+    for method in ("fedsimclr", "lw_fedsimclr_whole_ours", "lamina_simclr"):
         yield Cell("fashion_16", method, USUAL, seed, DEEP_ROUNDS)
     for method in (BASELINE, "lw_lean"):
         yield Cell("emoji_16", method, NATURAL, seed, DEEP_ROUNDS)

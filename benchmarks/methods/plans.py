@@ -100,6 +100,7 @@ def self_supervised_plan(
     calibration: Calibration | None = None,
     layers_per_stage: int = 1,
     is_ours: bool = False,
+    zero_init: bool = False,
     **training: object,
 ) -> Plan:
     """The model's encoder with a self-supervised objective. Rounds are spread evenly over the stages, and all strategies have
@@ -128,6 +129,7 @@ def self_supervised_plan(
         training=Training.model_validate(settings | training),
         cohort=Cohort(size=clients, min_updates=clients),
         calibration=calibration,
+        zero_init=zero_init,
         seed=seed,
     )
 
@@ -275,6 +277,14 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     ),
     "lw_fedsimclr_whole_ours": lambda *given: self_supervised_plan(
         *given, "layerwise", _SIMCLR, is_ours=True, **(_SMALL_FILES | {"features": FeatureStore(views=8, encoding="fp16")})
+    ),
+    "lamina_simclr": lambda *given: self_supervised_plan(
+        *given,
+        "layerwise",
+        _SIMCLR,
+        is_ours=True,
+        zero_init=True,
+        **(_SMALL_FILES | {"features": FeatureStore(views=8, encoding="fp16")}),
     ),
     "lw_fedsimclr": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR),
     "fedsimclr_sgd": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR, 0.05, **_FLL),
