@@ -40,6 +40,7 @@ def plan_costs(plan: Plan, model: nn.Module, accounting: Accounting | None = Non
         or Accounting(download_encoding=training.download_encoding, upload_encoding=training.upload_encoding),
         local_epochs=training.local_epochs,
         views=training.features.views,
+        views_per_epoch=2 if plan.model.objective.kind == "self_supervised" else 1,
         passes=counted_views(plan.model),
         training_factor=plan.passes_of_a_step,
     )
@@ -74,6 +75,7 @@ def cost_report(
     accounting: Accounting | None = None,
     local_epochs: int = 1,
     views: int = 1,
+    views_per_epoch: int = 1,
     passes: int = 1,
     training_factor: int = TRAINING_FACTOR,
 ) -> CostReport:
@@ -81,7 +83,7 @@ def cost_report(
 
     `passes` are the forward passes that one training sample takes: two with SimCLR, by the convention of `export.cost`. An
     active segment costs `training_factor` of them (`lamina.plan.Plan.passes_of_a_step`), end to end three. Stored features are
-    made once for each of `views`.
+    made once for each of `views` that a stage takes, `views_per_epoch` in an epoch.
 
     `segments` are named as in `lamina.segments`, in exchange order; what is no stem, layer or norm is a head. `examples` hold
     one sample for each of them, on the segment's device (`meta` will do). `unused` are parts of the model that are stored but
@@ -108,10 +110,13 @@ def cost_report(
     end_to_end = whole_model.stage(whole, set())
     baseline = _Counter(counted, tensors, unused_bytes, accounting.model_copy(update=_FP32), passes).stage(whole, set())
 
+    def versions(rounds: int) -> int:
+        return min(views, rounds * local_epochs * views_per_epoch)
+
     def run(part: Callable[[StageCosts], StepCost]) -> RunCosts:
         fills_each_round = accounting.frozen_weights == "downloaded"
-        mine = _run_cost([(stage.rounds, part(stage)) for stage in found], local_epochs, views, fills_each_round)
-        whole_run = _run_cost([(rounds, part(end_to_end))], local_epochs, views, fills_each_round)
+        mine = _run_cost([(stage.rounds, part(stage)) for stage in found], local_epochs, versions, fills_each_round)
+        whole_run = _run_cost([(rounds, part(end_to_end))], local_epochs, versions, fills_each_round)
         return RunCosts(plan=mine, end_to_end=whole_run, savings=_savings(mine, whole_run, rounds * part(baseline).round_bytes))
 
     return CostReport(
@@ -221,16 +226,21 @@ class _Counter:
         return sum(self.segments[name].parameters + self.segments[name].statistics for name in names)
 
 
-def _run_cost(steps: Sequence[tuple[int, StepCost]], local_epochs: int, views: int, fills_each_round: bool) -> RunCost:
-    """(rounds, cost) of each stage -> the run. Stages without rounds train nobody, so they fill no cache and fetch nothing."""
+def _run_cost(
+    steps: Sequence[tuple[int, StepCost]], local_epochs: int, versions: Callable[[int], int], fills_each_round: bool
+) -> RunCost:
+    """(rounds, cost) of each stage -> the run. `versions` says how many versions of an example so many rounds take.
+
+    Stages without rounds train nobody, so they fill no cache and fetch nothing.
+    """
     trained = [(rounds, step) for rounds, step in steps if rounds]
-    fills = [(rounds if fills_each_round else 1, step.fill_flops_per_sample) for rounds, step in trained]
+    fills = [
+        (rounds * versions(1) if fills_each_round else versions(rounds), step.fill_flops_per_sample) for rounds, step in trained
+    ]
     return RunCost(
         training_flops=sum(rounds * local_epochs * step.training_flops_per_sample for rounds, step in trained),
         prefix_flops=sum(rounds * local_epochs * step.prefix_flops_per_sample for rounds, step in trained),
-        fill_flops=None
-        if any(fill is None for _, fill in fills)
-        else views * sum(times * (fill or 0) for times, fill in fills),
+        fill_flops=None if any(fill is None for _, fill in fills) else sum(times * (fill or 0) for times, fill in fills),
         bytes_down=sum(rounds * step.round_bytes_down for rounds, step in trained),
         bytes_up=sum(rounds * step.round_bytes_up for rounds, step in trained),
         new_prefix_bytes_down=sum(step.new_prefix_bytes_down for _, step in trained),

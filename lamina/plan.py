@@ -70,10 +70,10 @@ OptimizerSettings = Annotated[SGD | AdamW, Field(discriminator="kind")]
 class FeatureStore(Record):
     """How a device keeps the features of its frozen prefix on disk.
 
-    `encoding` is what a stored value takes: 4 bytes, 2, or 1 with one scale for each token. With augmented data, `views`
-    versions of every example are stored; epoch e trains on version e mod views, or, where the objective compares two views, on
-    versions 2e and 2e + 1 mod views. `keep` says for how long: over the `stage`, for one `round`, or `none`: the prefix runs
-    for every batch.
+    `encoding` is what a stored value takes: 4 bytes, 2, or 1 with one scale for each token. With augmented data, there are
+    `views` versions of every example, stored as rounds take them; epoch e trains on version e mod views, or, where the
+    objective compares two views, on versions 2e and 2e + 1 mod views. `keep` says for how long: over the `stage`, for one
+    `round`, or `none`: the prefix runs for every batch.
     """
 
     encoding: Literal["fp32", "fp16", "int8"] = "fp32"

@@ -98,6 +98,16 @@ def test_the_cache_is_filled_once_with_each_newly_frozen_layer():
     assert run.cached_flops < run.flops
 
 
+def test_the_cache_is_filled_with_the_views_that_a_stage_takes():
+    plan = plan_of(ONE, local_epochs=2)
+    segments, examples = model_of(ONE).segments(), plan_examples(plan)
+    stages = make_stages(ONE, "layerwise", [1, 1, 3], 0.1)
+    counts = {views: cost_report(segments, examples, stages, name="x", local_epochs=2, views=views) for views in (1, 4)}
+    once, more = (counts[views].with_heads.plan.fill_flops for views in (1, 4))
+    _, second, third = (stage.with_heads.fill_flops_per_sample for stage in counts[4].stages)
+    assert (once, more) == (second + third, 2 * second + 4 * third)  # of 2 epochs, and of 6
+
+
 def test_a_stage_without_rounds_fills_nothing_and_its_layers_are_paid_by_the_next():
     plan = plan_of()
     stages = make_stages(plan.model, "layerwise", [2, 0, 1], 0.1)
