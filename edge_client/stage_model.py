@@ -156,10 +156,11 @@ class StageModel:
 
     def _contrastive(self, read: Read, indices: Indices) -> tuple[float, int]:
         loss, correct, cotangents = self._loss_of(read, indices)
-        names = [spec.name for spec in self._programs["backward"].inputs[-len(cotangents) :]]
+        # Keys of a momentum copy come last, and nothing goes back through them.
+        names = [spec.name for spec in self._programs["backward"].inputs[len(self._programs["embed"].inputs) :]]
         first = 0
         for piece in self._pieces(indices):
-            parts = (np.ascontiguousarray(cotangent[first : first + len(piece)]) for cotangent in cotangents)
+            parts = (np.ascontiguousarray(cotangent[first : first + len(piece)]) for cotangent in cotangents[: len(names)])
             batch = {**read(piece), **dict(zip(names, parts, strict=True))}
             self._add(self._run("backward", batch, len(self._shapes)), 1.0)
             first += len(piece)

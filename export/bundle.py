@@ -24,7 +24,7 @@ from export.prefix_errors import RANDOM_INPUTS, measure_prefix, random_sample, r
 from export.programs import Keys, ProgramSet, stage_terms
 from export.proofs import by_modality, prove_model
 from export.report import plan_examples
-from export.stage_module import Terms, reference_sizes
+from export.stage_module import Terms
 from export.toolchain import check_folder, tool_versions, write_bundle
 from export.worker import lowering_pool
 from lamina import __version__
@@ -262,7 +262,7 @@ def _stage_cost(
 def _planned(plan: Plan, cut: StageCut, programs: ProgramSet, keys: _Keys, loss: Keys) -> dict[EngineName, int]:
     """Bytes that a training step takes, by engine."""
     count = sum(spec.count for spec in cut.weights)
-    held = held_values(plan, count, reference_sizes(cut.module))
+    held = held_values(plan, count, cut.reference_sizes)
     planned = {}
     for engine, key in keys.train.items():
         peaks = [programs.activation_bytes(key)]

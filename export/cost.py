@@ -100,9 +100,12 @@ def held_values(plan: Plan, parameters: int, references: Iterable[int]) -> int:
 
 
 def embedding_bytes(plan: Plan) -> int:
-    """The embeddings of a whole batch, or their gradients, which take their place: all modalities or both views, float32."""
-    views = 2 if isinstance(plan.model.objective, SelfSupervised) else 1
-    return 4 * plan.training.batch_size * plan.model.projection.output * len(plan.model.modalities) * views
+    """The embeddings of a whole batch, or their gradients, which take their place, float32: all modalities or both views, and
+    the keys of a momentum copy if there is one."""
+    objective, each = plan.model.objective, 1
+    if isinstance(objective, SelfSupervised):
+        each = 4 if objective.has_predictor else 2
+    return 4 * plan.training.batch_size * plan.model.projection.output * len(plan.model.modalities) * each
 
 
 def peak_live_bytes(program: ExportedProgram, batch: int) -> int:

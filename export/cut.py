@@ -129,9 +129,11 @@ class StageCut:
 
     `module(*tensors of each reference, *inputs)` gives (loss, correct), or one embedding (batch, output) for each input.
     `weights` names its parameters `segment/tensor`, in the order of `module.parameters()`; `inputs` are its batch inputs
-    without the batch axis; `references` are the copies of its parameters that it takes. `evaluation(*inputs)` has the same
-    parameters and the main term of the loss alone; it is the same module where there is no other term. `description` is the
-    model as the device trains it (`lamina.model.ModelDescription.of_device`).
+    without the batch axis; `references` are the copies of its parameters that a training step takes. `evaluation(*inputs)` has
+    the same parameters and the main term of the loss alone. Where the cut goes until embeddings, `module` takes no references,
+    and `evaluation(*tensors of each reference, *inputs)` gives the keys of the momentum copy as well. Both are one module where
+    there is nothing to tell apart. `description` is the model as the device trains it
+    (`lamina.model.ModelDescription.of_device`).
     """
 
     module: StageModule
@@ -140,6 +142,11 @@ class StageCut:
     inputs: tuple[TensorSpec, ...]
     references: tuple[ProgramReference, ...]
     description: ModelDescription
+
+    @property
+    def reference_sizes(self) -> list[int]:
+        """How many numbers each reference has."""
+        return [sum(self.weights[place].count for place in reference.tensors) for reference in self.references]
 
 
 def cut_stage(
@@ -170,7 +177,7 @@ def cut_stage(
     names = [name for name in stage.active if belongs(name, present)]
     parts = copies_of(segments, names)
 
-    def module(of: Terms, is_judged: bool) -> StageModule:
+    def module(of: Terms, is_judged: bool, with_keys: bool = False) -> StageModule:
         return StageModule(
             parts,
             chosen,
@@ -181,9 +188,10 @@ def cut_stage(
             is_judged=is_judged,
             absent=absent,
             until_embeddings=until_embeddings,
+            with_keys=with_keys,
         ).eval()
 
-    trained = module(terms, is_judged=False)
+    trained = evaluation = module(terms, is_judged=False)
     weights = tuple(
         TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
         for name in names
@@ -192,13 +200,18 @@ def cut_stage(
     if [spec.shape for spec in weights] != [tuple(value.shape) for value in trained.parameters()]:
         raise CutError(f"stage {stage.index}: the cut module's tensors are not in exchange order; this is a fault of lamina")
     inputs = _batch_inputs(description, stage, present, with_label=not until_embeddings)
-    has_more = bool(trained.reference_specs) or (terms.blend and any(name == classifier(m) for m in present for name in names))
+    objective = description.objective
+    if until_embeddings:
+        if isinstance(objective, SelfSupervised) and objective.has_predictor:
+            evaluation = module(MAIN_TERM, is_judged=False, with_keys=True)
+    elif trained.reference_specs or (terms.blend and any(name == classifier(m) for m in present for name in names)):
+        evaluation = module(MAIN_TERM, is_judged=True)
     return StageCut(
         module=trained,
-        evaluation=module(MAIN_TERM, is_judged=True) if has_more else trained,
+        evaluation=evaluation,
         weights=weights,
         inputs=_named_for_any(inputs) if has_views_for_pairs else inputs,
-        references=trained.reference_specs,
+        references=evaluation.reference_specs if until_embeddings else trained.reference_specs,
         description=description,
     )
 

@@ -184,7 +184,7 @@ def _with_layers(plan: Plan, layers: int) -> Plan:
 
 def _takes_whole_batches(plan: Plan) -> bool:
     objective = plan.model.objective
-    return objective.kind == "self_supervised" and objective.has_copies
+    return objective.kind == "self_supervised" and objective.is_held
 
 
 def _micro_batches(plan: Plan) -> list[int]:

@@ -19,7 +19,6 @@ from export.cost import embedding_bytes, held_values, peak_live_bytes, planned_b
 from export.cut import cut_stage, find_pools, find_segments
 from export.models import build_model
 from export.programs import ProgramSet, stage_terms
-from export.stage_module import reference_sizes
 from export.worker import LoweredProgram
 from lamina.manifest import EngineName, Precision, Role
 from lamina.plan import OptimizerSettings, Plan, Stage
@@ -131,7 +130,7 @@ def stage_needs(
                     graphs={role: programs.wanted[key].graph for role, key in keys.items()},
                     frozen={precision: tuple(graphs.values()) for precision, graphs in frozen.items()},
                     embedding_bytes=embedding_bytes(plan) if split else 0,
-                    held_values=held_values(plan, count, reference_sizes(cut.module)),
+                    held_values=held_values(plan, count, cut.reference_sizes),
                 )
             )
     on_progress(len(plan.stages), len(plan.stages))

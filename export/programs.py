@@ -19,7 +19,7 @@ from export.frozen import frozen_graph, segment_precision
 from export.joint import backward_graph, joint_graph, loss_graph
 from export.objectives import ContrastiveLoss
 from export.parity import check_parity
-from export.self_supervised import TwoViewLoss
+from export.self_supervised import KeyLoss, TwoViewLoss
 from export.sharing import Look, computes_the_same, look
 from export.stage_module import Terms, random_references
 from export.supported import unsupported
@@ -30,7 +30,7 @@ from export.worker import LoweredProgram
 from lamina.errors import CutError, ExportError
 from lamina.manifest import EngineName, Precision, Program, ProgramReference, Role, gradient_input
 from lamina.model import Contrastive, ModelDescription, SelfSupervised
-from lamina.names import ANY_MODALITY, second_view
+from lamina.names import ANY_MODALITY, key_of, second_view
 from lamina.plan import Plan, Stage
 from lamina.segments import TensorSpec
 
@@ -158,11 +158,13 @@ class ProgramSet:
         return keys, forward
 
     def add_loss(self) -> Keys:
-        """Keys of the contrastive loss of a whole batch, or of SimCLR's. It takes 1..batch_size samples: no operation of it
-        asks for more."""
+        """Keys of the contrastive loss of a whole batch, or of a self-supervised one. It takes 1..batch_size samples: no
+        operation of it asks for more."""
         objective = self.plan.model.objective
         if isinstance(objective, SelfSupervised):
             (modality,) = self.plan.model.modalities
+            if objective.has_predictor:
+                return self._add_key_loss(modality, objective)
             return self._add_view_loss(modality, objective.temperature)
         assert isinstance(objective, Contrastive)
         inputs = tuple(embedding(self.plan.model, modality) for modality in self.plan.model.modalities)
@@ -178,6 +180,11 @@ class ProgramSet:
     def _add_view_loss(self, modality: str, temperature: float) -> Keys:
         inputs = tuple(embedding(self.plan.model, name) for name in (modality, second_view(modality)))
         return self._add_loss("the loss program of two views", TwoViewLoss(temperature), inputs)
+
+    def _add_key_loss(self, modality: str, objective: SelfSupervised) -> Keys:
+        views = (modality, second_view(modality))
+        inputs = tuple(embedding(self.plan.model, name) for name in (*views, *map(key_of, views)))
+        return self._add_loss("the loss program", KeyLoss(objective.method, objective.temperature), inputs)
 
     def _add_loss(self, label: str, module: nn.Module, inputs: tuple[TensorSpec, ...]) -> Keys:
         batch = self.plan.training.batch_size
@@ -253,6 +260,10 @@ class ProgramSet:
         example = self._example(inputs, model=cut.description)
         embed_example = example[: len(cut.inputs)]
         forward = forward_graph(cut.module, embed_example, self.micro_batch)
+        copies = random_references(cut.evaluation)
+        embed_forward = forward
+        if cut.evaluation is not cut.module:
+            embed_forward = forward_graph(cut.evaluation, embed_example, self.micro_batch, copies)
         names = [spec.name for spec in cut.weights]
         joint = self._joint(forward, lambda: backward_graph(forward, names))
         # The cut module leaves the gradients unread: they are for the torch engine, which differentiates this graph. As a
@@ -261,7 +272,16 @@ class ProgramSet:
         backward, embed = self._label("backward", stage) + what, self._label("embed", stage) + what
         return (
             self._add("backward", backward, joint, cut.module, inputs, example, for_torch=embedder),
-            self._add("embed", embed, forward, cut.module, cut.inputs, embed_example),
+            self._add(
+                "embed",
+                embed,
+                embed_forward,
+                cut.evaluation,
+                cut.inputs,
+                embed_example,
+                references=cut.references,
+                copies=copies,
+            ),
         )
 
     def _add(

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from export.objectives import l2_normalise
 
+Pair = tuple[Tensor, Tensor]
+"""Of both views."""
 _NEVER = -1e9  # what is added to a similarity so that softmax gives it no weight at all
 
 
@@ -44,6 +46,26 @@ def info_nce(temperature: float, q: Tensor, k: Tensor) -> Tensor:
 def distance(q: Tensor, k: Tensor) -> Tensor:
     """Mean of 2 - 2 cos(q_i, k_i): BYOL, without negatives."""
     return 2 - 2 * cosine(q, k).mean()
+
+
+def against_keys(method: str, temperature: float, q: Pair, k: Pair) -> tuple[Tensor, Tensor]:
+    """moco or byol: the predictions of each view against the keys of the other -> (loss, correct)."""
+    if method == "moco":
+        loss = info_nce(temperature, q[0], k[1]) + info_nce(temperature, q[1], k[0])
+    else:
+        loss = distance(q[0], k[1]) + distance(q[1], k[0])
+    return loss, found_first(q[0], k[1])
+
+
+class KeyLoss(nn.Module):
+    """moco or byol as a module without weights: predictions and keys (batch, output) of both views -> (loss, correct)."""
+
+    def __init__(self, method: str, temperature: float) -> None:
+        super().__init__()
+        self.method, self.temperature = method, temperature
+
+    def forward(self, q_a: Tensor, q_b: Tensor, k_a: Tensor, k_b: Tensor) -> tuple[Tensor, Tensor]:
+        return against_keys(self.method, self.temperature, (q_a, q_b), (k_a, k_b))
 
 
 def moon(temperature: float, z: Tensor, start: Tensor, previous: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The module that a stage trains, and its loss: the objective and the terms that the plan adds to it.
 
     module(*tensors of each reference, *batch inputs) -> (loss, correct), or one embedding (batch, output) for each modality,
-                                                         or each view
+                                                         or each view, and with keys those of the momentum copy
 
 A reference (`lamina.names.Reference`) is a copy of some of the module's own tensors from another time. The copy runs through
 the same layers, and no gradient goes through it. Which terms ask for which:
@@ -102,9 +102,11 @@ class StageModule(nn.Module):
         is_judged: bool,
         absent: Sequence[str] = (),
         until_embeddings: bool = False,
+        with_keys: bool = False,
     ) -> None:
         """`parts` are the segments `names`, those of the stage without those of the modalities that are `absent`. `is_judged`:
-        for evaluation, which has no momentum copy; its keys are the model's own."""
+        for evaluation, which has no momentum copy; its keys are the model's own. `until_embeddings` are what the loss takes and
+        gradients go through; `with_keys`, also what it takes of the momentum copy."""
         super().__init__()
         self.parts = parts
         self.objective, self.terms, self.until_embeddings = description.objective, terms, until_embeddings
@@ -125,7 +127,8 @@ class StageModule(nn.Module):
         ]
         self.head = at.get(HEAD)
         keys = [[key for key, _ in part.named_parameters()] for part in parts]
-        wanted = {} if until_embeddings else references_of(description, stage, terms, is_judged=is_judged)
+        has_references = with_keys or not until_embeddings
+        wanted = references_of(description, stage, terms, is_judged=is_judged) if has_references else {}
         # (kind, (place of the part, name of the tensor) for each array)
         self.references = [
             (kind, [(at[name], key) for name in segments if name in at for key in keys[at[name]]])
@@ -197,19 +200,16 @@ class StageModule(nn.Module):
 
         # Copies come first, so that what they compute on the way is gone before the activations are there that gradients need.
         far = {kind: (embed(a, weights), embed(b, weights)) for kind, weights in copies.items()}
-        z = embed(a), embed(b)
+        z = q = embed(a), embed(b)
+        if route.predictor is not None:
+            q = self.parts[route.predictor](z[0]), self.parts[route.predictor](z[1])
         if self.until_embeddings:
-            return z
+            return (*q, *far.get("momentum", ()))
         if route.predictor is None:
             loss, correct = views.simclr(temperature, *z), views.found_first(*z)
         else:
-            q = self.parts[route.predictor](z[0]), self.parts[route.predictor](z[1])
             k = far["momentum"] if "momentum" in far else (z[0].detach(), z[1].detach())
-            if objective.method == "moco":
-                loss = views.info_nce(temperature, q[0], k[1]) + views.info_nce(temperature, q[1], k[0])
-            else:
-                loss = views.distance(q[0], k[1]) + views.distance(q[1], k[0])
-            correct = views.found_first(q[0], k[1])
+            loss, correct = views.against_keys(objective.method, temperature, q, k)
         if "previous" in far:
             pulls = [views.moon(temperature, *each) for each in zip(z, far["start"], far["previous"], strict=True)]
             loss = loss + objective.moon * 0.5 * (pulls[0] + pulls[1])
@@ -258,12 +258,6 @@ def _inside(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def copies_of(segments: Mapping[str, nn.Module], names: Sequence[str]) -> nn.ModuleList:
     """The parts of a stage: copies in evaluation mode, all of them trainable."""
     return nn.ModuleList(deepcopy(segments[name]).eval().requires_grad_(True) for name in names)
-
-
-def reference_sizes(module: StageModule) -> list[int]:
-    """How many numbers each reference has."""
-    sizes = [value.numel() for value in module.parameters()]
-    return [sum(sizes[place] for place in reference.tensors) for reference in module.reference_specs]
 
 
 def random_references(module: StageModule) -> tuple[Tensor, ...]:

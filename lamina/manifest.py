@@ -8,12 +8,13 @@ A program is a pure function without weights inside:
 
 `weights` are the tensors of the stage's active segments (train, eval) or of one segment (frozen), in exchange order.
 
-A contrastive loss joins the samples of a batch, and so does that of SimCLR. Micro-batches then need three steps for the exact
-gradient: embed all micro-batches, differentiate the loss of the whole batch with respect to the embeddings, send that back
-through each micro-batch. Where the plan asks for it, a stage's `train` is a `backward` program and its `eval` an `embed`
+A contrastive loss joins the samples of a batch, and so do self-supervised ones. Micro-batches then need three steps for the
+exact gradient: embed all micro-batches, differentiate the loss of the whole batch with respect to the embeddings, send that
+back through each micro-batch. Where the plan asks for it, a stage's `train` is a `backward` program and its `eval` an `embed`
 program:
 
-    embed     (weights..., batch inputs...) -> one embedding (batch, output) for each modality, or each view
+    embed     (weights..., batch inputs...) -> one embedding (batch, output) for each modality, or each view; moco and byol:
+              those of the predictor, and then one of each view by the momentum copy, which the program takes as a reference
     loss      (embeddings of the whole batch...) -> loss, correct, gradient of the loss for each embedding
     backward  (weights..., batch inputs..., gradients of the embeddings...) -> gradient for each weight
 

@@ -256,9 +256,9 @@ class SelfSupervised(Record):
         return self.method != "simclr"
 
     @property
-    def has_copies(self) -> bool:
-        """Whether the loss compares with copies of the model: a momentum branch, or the model of another time."""
-        return self.method != "simclr" or self.moon > 0 or self.align > 0
+    def is_held(self) -> bool:
+        """Whether the loss holds training to the model of another time."""
+        return self.moon > 0 or self.align > 0
 
 
 Objective = Annotated[Supervised | Contrastive | SelfSupervised, Field(discriminator="kind")]

@@ -22,6 +22,11 @@ def second_view(modality: str) -> str:
     return f"{modality}_second"
 
 
+def key_of(view: str) -> str:
+    """The input of a `loss` program with the embeddings of a view by the momentum copy: what the other view should meet."""
+    return f"{view}_key"
+
+
 ANY_MODALITY = "x"
 """What the programs for a device with one modality call it where they do not depend on which one it is: equal programs of two
 modalities are one file. The device puts the modality's own name there."""

@@ -315,10 +315,10 @@ def _conflicts(plan: Plan) -> Iterator[str]:
             yield "the self-supervised objective compares two augmented views of an example: give training.augmentation"
         if views < 2 or views % 2:
             yield f"the self-supervised objective takes views in pairs: features.views must be even, it is {views}"
-        if objective.has_copies and training.micro_batch not in (None, training.batch_size):
+        if objective.is_held and training.micro_batch not in (None, training.batch_size):
             yield (
-                "micro_batch: moco and byol, moon and align compare with copies of the model, and their programs take a whole "
-                "batch; use simclr by itself, or lower batch_size"
+                "micro_batch: moon and align compare with the model of another time, and their programs take a whole batch; "
+                "leave these terms out, or lower batch_size"
             )
         if plan.device_modalities:
             yield "device_modalities: a self-supervised model has one modality, which every device must have"

@@ -266,6 +266,9 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "lw_fedssl_calibrated": lambda *given: self_supervised_plan(
         *given, "layerwise", _ALIGNED, calibration=_CALIBRATION, features=_FRESH
     ),
+    "lw_fedssl_lean": lambda *given: self_supervised_plan(
+        *given, "layerwise", _MOCO, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
+    ),
     "lw_fedbyol": lambda *given: self_supervised_plan(*given, "layerwise", SelfSupervised(method="byol")),
     "fedbyol": lambda *given: self_supervised_plan(*given, "end_to_end", SelfSupervised(method="byol")),
     "fedsimclr": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR),

@@ -30,6 +30,7 @@ from lamina.model import (
     SensorWindows,
     Supervised,
 )
+from lamina.names import key_of
 from lamina.plan import Augmentation, FeatureStore, Plan, Stage, Training
 from lamina.segments import HEAD, TensorSpec, classifier, norm, predictor, projection
 from lamina.strategies import make_stages
@@ -92,6 +93,8 @@ MICRO = {
             SOME,
         ),
         (plan_of("simclr_micro", SelfSupervised(temperature=0.2), MOTION, training={"micro_batch": 2}), ALL),
+        (plan_of("moco_micro", SelfSupervised(method="moco", predictor_hidden=8), MOTION, training={"micro_batch": 2}), SOME),
+        (plan_of("byol_micro", SelfSupervised(method="byol", predictor_hidden=8), MOTION, training={"micro_batch": 2}), SOME),
     )
 }
 
@@ -336,23 +339,29 @@ def test_micro_batches_have_the_gradient_of_the_batch(name, engine, shared_folde
     modalities = manifest.plan.model.modalities
     parts = modalities if len(modalities) == 2 else (*modalities, second_view(modalities[0]))  # a pair, or two views
     has_label = manifest.plan.model.labels is not None
-    assert [spec.name for spec in found["loss"].inputs] == [*parts, LABEL][: 2 + has_label]
+    has_keys = getattr(manifest.plan.model.objective, "has_predictor", False)
+    compared = [*parts, *(key_of(part) for part in parts if has_keys)]
+    assert [spec.name for spec in found["loss"].inputs] == [*compared, *[LABEL][:has_label]]
     assert [spec.name for spec in found["embed"].inputs] == [*parts]
     assert [spec.name for spec in found["backward"].inputs] == [*parts, *map(gradient_input, parts)]
     loaded = {role: engine.load(blob_path(folder, program.blob), program) for role, program in found.items()}
     eager, raw = Eager(random_model(manifest, 1), manifest, stage, modalities), raw_batch(manifest, BATCH, 1)
-    loss, correct = STEPS[eager.objective.kind](eager, {}, raw, False)
+    others = {each.kind: Eager(random_model(manifest, 2), manifest, stage, modalities) for each in found["embed"].references}
+    assert list(others) == ["momentum"][:has_keys] and not found["backward"].references
+    copies = [others[each.kind].arrays()[place] for each in found["embed"].references for place in each.tensors]
+    loss, correct = STEPS[eager.objective.kind](eager, others, raw, False)
     arrays = {name: value.numpy() for name, value in raw.items()}
     pieces = [slice(0, 2), slice(2, BATCH)]
     # The outputs of a program are only good until it runs again.
     embedded = [
-        [z.copy() for z in loaded["embed"].run([*eager.arrays(), *(arrays[part][piece] for part in parts)])] for piece in pieces
+        [z.copy() for z in loaded["embed"].run([*eager.arrays(), *copies, *(arrays[part][piece] for part in parts)])]
+        for piece in pieces
     ]
-    z = [np.concatenate([each[place] for each in embedded]) for place in range(2)]
+    z = [np.concatenate(each) for each in zip(*embedded, strict=True)]
     given = [value.copy() for value in loaded["loss"].run([*z, *(arrays[LABEL] for _ in range(has_label))])]
     assert distance(given[0], loss) <= TOLERANCE and int(given[1]) == correct
-    assert len(given) == 4
-    arrays |= {gradient_input(part): value for part, value in zip(parts, given[2:], strict=True)}
+    assert len(given) == 2 + len(compared)
+    arrays |= {gradient_input(part): value for part, value in zip(parts, given[2:4], strict=True)}
     total = [np.zeros(value.shape, np.float32) for value in eager.weights()]
     for piece in pieces:
         batch = [np.ascontiguousarray(arrays[spec.name][piece]) for spec in found["backward"].inputs]

@@ -30,6 +30,7 @@ OBJECTIVES = {
     "moco": SelfSupervised(method="moco", momentum=0.9, predictor_hidden=8, moon=0.1),
     "byol": SelfSupervised(method="byol", momentum=0.9, predictor_hidden=8),
 }
+WITHOUT_MOON = SelfSupervised(method="moco", momentum=0.9, predictor_hidden=8)
 
 
 def make_plan(method, micro_batch):
@@ -93,6 +94,7 @@ class House:
         model = stage_model(job, self.engine)
         if self.parameters is not None:
             model.parameters[:] = self.parameters
+            model.follow(0.0)  # a momentum copy begins as these
         result = work(model, views, job, print, lease)
         model.close()
         if job.phase == "train":
@@ -107,7 +109,7 @@ def houses(tmp_path_factory, program_cache):
     def house(method, micro_batch=None):
         key = (method, micro_batch)
         if key not in made:
-            made[key] = House(method, micro_batch, tmp_path_factory.mktemp(method), program_cache)
+            made[key] = House(method, micro_batch, tmp_path_factory.mktemp(method.replace(" ", "_")), program_cache)
         return made[key]
 
     return house
@@ -127,9 +129,12 @@ def test_rounds_lower_the_loss_in_training_and_on_test_views(houses, method):
     assert 0 <= after.correct <= after.num_examples
 
 
-def test_simclr_in_micro_batches_is_simclr_on_the_whole_batch(houses):
-    """Training and evaluation; 8 samples in pieces of 3, the last one shorter."""
-    whole, pieces = houses("simclr"), houses("simclr", 3)
+@pytest.mark.parametrize("method", [*OBJECTIVES])
+def test_micro_batches_train_and_judge_as_the_whole_batch_does(houses, method, monkeypatch):
+    """8 samples in pieces of 3, the last one shorter; the momentum copy follows after each step."""
+    monkeypatch.setitem(OBJECTIVES, "plain moco", WITHOUT_MOON)
+    method = "plain moco" if method == "moco" else method
+    whole, pieces = houses(method), houses(method, 3)
     assert set(pieces.job().programs) == {"embed", "loss", "backward"}
     for house in (whole, pieces):
         house.parameters = None

@@ -279,19 +279,21 @@ def test_the_cost_report_counts_them(description):
     )
 
 
-def test_a_self_supervised_plan_with_copies_keeps_its_batch_when_it_is_fitted_and_simclr_need_not():
+def test_a_self_supervised_plan_that_is_held_keeps_its_batch_when_it_is_fitted_and_another_need_not():
     base, budget = Base(supervisor_bytes=0, talk_bytes=0, train_bytes=0), 1000 * MIB
-    byol, simclr = (
-        plan_of(with_objective(SelfSupervised(method=method), describe(AUDIO.model_copy(update={"layers": 1}))))
-        for method in ("byol", "simclr")
+    held, simclr, byol = (
+        plan_of(with_objective(objective, describe(AUDIO.model_copy(update={"layers": 1}))))
+        for objective in (SelfSupervised(moon=0.1), SelfSupervised(), SelfSupervised(method="byol"))
     )
-    (fit,) = fits(byol, "onnxruntime", base, budget)
+    (fit,) = fits(held, "onnxruntime", base, budget)
     assert fit.plan.training.micro_batch == BATCH and fit.plan.training.features.keep == "round"
     with pytest.raises(ConfigError, match="a smaller model or batch_size"):
-        next(fits(byol, "onnxruntime", base, 1000))
-    sizes = [fit.plan.training.micro_batch for fit in fits(simclr, "onnxruntime", base, budget)]
-    assert sizes[0] == BATCH and sizes[-1] == 1
+        next(fits(held, "onnxruntime", base, 1000))
+    for plan in (simclr, byol):
+        sizes = [fit.plan.training.micro_batch for fit in fits(plan, "onnxruntime", base, budget)]
+        assert sizes[0] == BATCH and sizes[-1] == 1
     assert embedding_bytes(simclr) == 2 * 4 * BATCH * OUTPUT  # of both views
+    assert embedding_bytes(byol) == 4 * 4 * BATCH * OUTPUT  # and of their keys
 
 
 def test_a_self_supervised_model_is_deployed_without_its_heads():
