@@ -134,7 +134,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
     for method in (BASELINE, "layerwise"):
         yield Cell("av_digits_hard", method, Setting("beta=0.5", 16, 0.25), seed)
     for data in ("av_digits_medium", "av_digits_hard"):
-        for method in ("e2e_blend", RECIPE):
+        for method in ("e2e_blend", "e2e_half_rate", "e2e_double_rate", RECIPE):
             yield Cell(data, method, Setting("beta=0.5", 16, 0.25), seed)
     for split in SKEWS:
         for method in (*METHODS, "e2e_blend", RECIPE):
