@@ -256,6 +256,7 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "fedssl_half_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO, ONE_RATE / 2),
     "fedssl_double_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO, ONE_RATE * 2),
     "fedssl_triple_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO, ONE_RATE * 3),
+    "lw_fedssl_half_rate": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, ONE_RATE / 2),
     "lw_fedssl": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO),
     "prog_fedssl": lambda *given: self_supervised_plan(*given, "progressive", _MOCO),
     "lw_fedssl_2": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, layers_per_stage=2),
