@@ -93,7 +93,7 @@ MICRO = {
             SOME,
         ),
         (plan_of("simclr_micro", SelfSupervised(temperature=0.2), MOTION, training={"micro_batch": 2}), ALL),
-        (plan_of("moco_micro", SelfSupervised(method="moco", predictor_hidden=8), MOTION, training={"micro_batch": 2}), SOME),
+        (plan_of("moco_micro", SelfSupervised(method="moco", predictor_hidden=8), MOTION, training={"micro_batch": 2}), ALL),
         (plan_of("byol_micro", SelfSupervised(method="byol", predictor_hidden=8), MOTION, training={"micro_batch": 2}), SOME),
     )
 }
