@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from edge_client.versions import EVALUATED, epochs_of
 from lamina.compression import Compression
 from lamina.names import EngineName, Precision, Reference, Role
 from lamina.tensors import Encoding
@@ -175,6 +176,11 @@ class Job:
     @property
     def trains(self) -> bool:
         return self.phase != "evaluate"
+
+    @property
+    def epochs(self) -> range:
+        """Those of the stage that this job takes."""
+        return epochs_of(self.round, self.local_epochs) if self.trains else EVALUATED
 
     @property
     def takes_pairs_of_views(self) -> bool:

@@ -132,8 +132,9 @@ class FeatureWork:
         """The versions of `count` that this round takes."""
         plan, work = self.manifest.plan, self.work
         in_pairs = plan.model.of_device(work.modalities).objective.kind == "self_supervised"
-        first, epochs = (work.round, plan.training.local_epochs) if work.phase == "train" else (0, 1)
-        return versions.of_job(first, epochs, count, in_pairs)
+        is_round = work.phase == "train"  # a calibration has no frozen segments
+        epochs = versions.epochs_of(work.round, plan.training.local_epochs) if is_round else versions.EVALUATED
+        return versions.of_epochs(epochs, count, in_pairs)
 
     def _views(self, encoder: Encoder | ModuleEncoder, split: Split) -> int:
         if not self._is_augmented(encoder, split):

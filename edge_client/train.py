@@ -61,8 +61,8 @@ def train_round(
     order = shuffler(job)
     progress = Progress(say, f"{job.where}, examples", job.examples * job.local_epochs)
     total, seen = 0.0, 0
-    for epoch in range(job.local_epochs):
-        read = reader(epoch_inputs(views, job, job.round * job.local_epochs + epoch))
+    for epoch in job.epochs:
+        read = reader(epoch_inputs(views, job, epoch))
         for indices in batches(shuffled(job.examples, order), job):
             loss, _ = model.gradients(read, indices)
             if job.proximal:

@@ -62,8 +62,7 @@ def features(job: Job, engine: Engine, say: Say, lease: Lease) -> list[Inputs]:
     label = job.label
     views: list[Inputs] = []
     count = max((len(plan.keys) for plan in job.features), default=1)
-    first, epochs = (job.round, job.local_epochs) if job.trains else (0, 1)
-    taken = versions.of_job(first, epochs, count, job.takes_pairs_of_views)
+    taken = versions.of_epochs(job.epochs, count, job.takes_pairs_of_views)
     for view in range(count):
         if view not in taken:
             views.append({})

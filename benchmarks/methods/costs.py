@@ -83,11 +83,10 @@ def step_macs(plan: Plan, stage: Stage, segment_macs: Mapping[str, int]) -> int:
 
 def _taken(plan: Plan, number: int, count: int) -> Sequence[int]:
     """The versions of an example whose features a round needs, of `count`; each time, where they are not stored."""
-    epochs, in_pairs = plan.training.local_epochs, _compares_views(plan)
+    epochs, in_pairs = versions.epochs_of(number, plan.training.local_epochs), _compares_views(plan)
     if plan.training.features.keep != "none":
-        return sorted(versions.of_job(number, epochs, count, in_pairs))
-    first = number * epochs
-    return [taken for epoch in range(first, first + epochs) for taken in versions.of_epoch(epoch, count, in_pairs)]
+        return sorted(versions.of_epochs(epochs, count, in_pairs))
+    return [taken for epoch in epochs for taken in versions.of_epoch(epoch, count, in_pairs)]
 
 
 def _frozen(plan: Plan, stage: Stage, modality: str, number: int) -> list[str]:
