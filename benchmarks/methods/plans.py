@@ -150,6 +150,7 @@ _SMALL_FILES: dict[str, Any] = {
     "features": FeatureStore(encoding="fp16"),
 }
 _LEAN = _SMALL_FILES | {"micro_batch": 4}
+_STORED_VIEWS = {"features": FeatureStore(views=8, encoding="fp16")}
 _VIEWS: dict[str, Any] = {
     "augmentation": {"image": Augmentation(shift=4, erase=0.3), "text": Augmentation(erase=0.3)},
     "features": FeatureStore(views=8),
@@ -251,13 +252,15 @@ _ALIGNED, _MOON = SelfSupervised(method="moco", align=0.5), SelfSupervised(metho
 _CALIBRATION = Calibration(data="500 images of the server", learning_rate=1e-3)
 _FRESH = FeatureStore(views=8, keep="round")
 _FLL = {"optimizer": SGD(momentum=0.9)}
+DEEP_ALONE = ("lw_fedsimclr_lean", "lw_fedsimclr_lean_ours", "lw_fedsimclr_whole_ours")
+"""Methods of `SELF_SUPERVISED` that are run with 12 and 16 layers alone."""
 SELF_SUPERVISED: dict[str, MakePlan] = {
     "fedssl": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO),
     "fedssl_half_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO, ONE_RATE / 2),
     "fedssl_double_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO, ONE_RATE * 2),
     "fedssl_triple_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO, ONE_RATE * 3),
-    "lw_fedssl_half_rate": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, ONE_RATE / 2),
     "lw_fedssl": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO),
+    "lw_fedssl_half_rate": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, ONE_RATE / 2),
     "prog_fedssl": lambda *given: self_supervised_plan(*given, "progressive", _MOCO),
     "lw_fedssl_2": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, layers_per_stage=2),
     "lw_fedssl_ours": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, is_ours=True),
@@ -267,20 +270,16 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "lw_fedssl_calibrated": lambda *given: self_supervised_plan(
         *given, "layerwise", _ALIGNED, calibration=_CALIBRATION, features=_FRESH
     ),
-    "lw_fedssl_lean": lambda *given: self_supervised_plan(
-        *given, "layerwise", _MOCO, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
-    ),
+    "lw_fedssl_lean": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, **(_LEAN | _STORED_VIEWS)),
     "lw_fedbyol": lambda *given: self_supervised_plan(*given, "layerwise", SelfSupervised(method="byol")),
     "fedbyol": lambda *given: self_supervised_plan(*given, "end_to_end", SelfSupervised(method="byol")),
     "fedsimclr": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR),
-    "lw_fedsimclr_lean": lambda *given: self_supervised_plan(
-        *given, "layerwise", _SIMCLR, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
-    ),
+    "lw_fedsimclr_lean": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR, **(_LEAN | _STORED_VIEWS)),
     "lw_fedsimclr_lean_ours": lambda *given: self_supervised_plan(
-        *given, "layerwise", _SIMCLR, is_ours=True, **(_LEAN | {"features": FeatureStore(views=8, encoding="fp16")})
+        *given, "layerwise", _SIMCLR, is_ours=True, **(_LEAN | _STORED_VIEWS)
     ),
     "lw_fedsimclr_whole_ours": lambda *given: self_supervised_plan(
-        *given, "layerwise", _SIMCLR, is_ours=True, **(_SMALL_FILES | {"features": FeatureStore(views=8, encoding="fp16")})
+        *given, "layerwise", _SIMCLR, is_ours=True, **(_SMALL_FILES | _STORED_VIEWS)
     ),
     "lamina_simclr": lambda *given: self_supervised_plan(
         *given,
@@ -288,7 +287,7 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
         _SIMCLR,
         is_ours=True,
         zero_init=True,
-        **(_SMALL_FILES | {"features": FeatureStore(views=8, encoding="fp16")}),
+        **(_SMALL_FILES | _STORED_VIEWS),
     ),
     "lw_fedsimclr": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR),
     "fedsimclr_sgd": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR, 0.05, **_FLL),

@@ -97,7 +97,7 @@ def test_where_nothing_is_stored_every_epoch_runs_the_prefix():
 def test_layers_that_were_not_drawn_cost_nothing():
     rounds = (0, 0, 0, 0, 2)
     plans = [
-        plan_of(Supervised(classes=3), rounds, features=FeatureStore(keep="round"), **({"depth_dropout": dropout}))
+        plan_of(Supervised(classes=3), rounds, features=FeatureStore(keep="round"), depth_dropout=dropout)
         for dropout in (None, DepthDropout(budget=3))
     ]
     whole, drawn = map(counted, plans)
