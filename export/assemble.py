@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from export.cut import example_inputs, find_pools, find_segments, raw_input
+from export.cut import find_pools, find_segments
 from export.fusions import classify
+from export.inputs import example_inputs, raw_input
 from export.lean_compilers import lean_onnx, lean_torch, lean_xnnpack
 from export.lower_onnx import OPSET, serialize
 from export.models import build_model

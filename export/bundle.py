@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from export.cache import ProgramCache, default_cache
 from export.cost import counted_views, embedding_bytes, forward_macs, held_values, planned_bytes
-from export.cut import StageCut, cut_stage, describe_segment, example_inputs, find_pools, find_segments, segment_input
+from export.cut import StageCut, cut_stage, describe_segment, find_pools, find_segments
+from export.inputs import example_inputs, segment_input
 from export.models import build_model, zero_late_layers
 from export.notes import notes_of
 from export.prefix_errors import RANDOM_INPUTS, measure_prefix, random_sample, read_sample

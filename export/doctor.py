@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from export import cut
+from export import cut, inputs
 from export.frozen import frozen_graph, segment_precision
 from export.joint import joint_graph
 from export.objectives import cross_entropy
@@ -152,7 +152,7 @@ def _examine_part(
     try:
         frozen = None
         if part.is_prefix:
-            example = cut.example_inputs(plan.model, (part.takes,), example_batch(size))
+            example = inputs.example_inputs(plan.model, (part.takes,), example_batch(size))
             frozen = frozen_graph(part.module, example, size, segment_precision(plan, part.name))
             key = (part.shape, graph_text(frozen))
             if key in known:
@@ -197,7 +197,7 @@ def _joint(part: _Part, plan: Plan, size: int) -> tuple[ExportedProgram | None, 
         stage = _SegmentStage(part.module, with_input=not part.name.endswith(".stem"))
     if not any(True for _ in stage.parameters()):
         return None, None
-    example = cut.example_inputs(plan.model, specs, example_batch(size))
+    example = inputs.example_inputs(plan.model, specs, example_batch(size))
     names = ["its input" if key == "scale" else key.removeprefix("part.") for key, _ in stage.named_parameters()]
     try:
         forward = forward_graph(stage, example, size)
@@ -208,7 +208,7 @@ def _joint(part: _Part, plan: Plan, size: int) -> tuple[ExportedProgram | None, 
 
 def _eager_fault(part: _Part, description: ModelDescription) -> tuple[str, str] | None:
     """(reason, remedy) of a segment that cannot be run on two random samples, or gives something else than promised."""
-    (x,) = cut.example_inputs(description, (part.takes,), 2)
+    (x,) = inputs.example_inputs(description, (part.takes,), 2)
     try:
         with torch.no_grad():
             y = part.module(x)
@@ -272,8 +272,8 @@ def _promised(description: ModelDescription, name: str) -> tuple[TensorSpec, tup
         assert isinstance(description.objective, Supervised)
         return TensorSpec(name=modality, shape=(output,)), (description.objective.classes,)
     if name == norm(modality):
-        return cut.features(encoder, encoder.layers), (encoder.width,)
-    return cut.segment_input(description, name), encoder.feature_shape(prefix_chain(description, modality).index(name))
+        return inputs.features(encoder, encoder.layers), (encoder.width,)
+    return inputs.segment_input(description, name), encoder.feature_shape(prefix_chain(description, modality).index(name))
 
 
 def _tensor_fault(module: nn.Module | None) -> tuple[str, str] | None:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.cut import example_inputs, raw_input
 from export.frozen import segment_precision, take
+from export.inputs import example_inputs, raw_input
 from export.runtimes import Run, is_installed, open_program
 from lamina.errors import DataError
 from lamina.manifest import EngineName

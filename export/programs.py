@@ -14,8 +14,9 @@ from torch.export import ExportedProgram
 
 from export.cache import ProgramCache, program_key
 from export.cost import peak_live_bytes
-from export.cut import LABELS, StageCut, embedding, example_inputs, segment_input
+from export.cut import StageCut
 from export.frozen import frozen_graph, segment_precision
+from export.inputs import LABELS, embedding, example_inputs, segment_input
 from export.joint import backward_graph, joint_graph, loss_graph
 from export.objectives import ContrastiveLoss
 from export.parity import check_parity

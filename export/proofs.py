@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from export.cut import example_inputs, raw_input
+from export.inputs import example_inputs, raw_input
 from export.rewrites import fold_batch_norm, prove_rewrites, untie
 from export.trunk import Trunk
 from lamina.manifest import Rewrite

@@ -14,9 +14,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from export.adapters import adapt
-from export.cut import check_tensors, example_inputs, raw_input, run_segment
+from export.cut import check_tensors, run_segment
 from export.factory import call_factory
 from export.faults import Faults, adapt_faulty, mended, named_parts
+from export.inputs import example_inputs, raw_input
 from export.models import adapt_made, build_model, make_trunk
 from export.trunk import Trunk
 from lamina.errors import ConfigError, CutError

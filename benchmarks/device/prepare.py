@@ -18,8 +18,9 @@ from benchmarks.report import versions
 from benchmarks.workloads import WORKLOADS, one_stage_plan, stage_of
 from export.bundle import export_bundle
 from export.cache import ProgramCache, default_cache, program_key
-from export.cut import StageCut, cut_stage, example_inputs, find_segments
+from export.cut import StageCut, cut_stage, find_segments
 from export.differentiate import trace_step
+from export.inputs import example_inputs
 from export.models import build_model
 from export.trace import EXAMPLE_BATCH, forward_graph, graph_text
 from export.worker import LoweredProgram, end_idle_processes, lowering_pool

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.cut import example_inputs, find_segments, raw_input
+from export.cut import find_segments
+from export.inputs import example_inputs, raw_input
 from export.models import MultimodalModel, build_model
 from export.objectives import apply_objective
 from lamina.bundle import blob_path

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.cut import example_inputs, find_segments, raw_input
+from export.cut import find_segments
+from export.inputs import example_inputs, raw_input
 from export.models import build_model
 from lamina.bundle import blob_path
 from lamina.manifest import ENGINES, LABEL, Manifest, gradient_input, second_view

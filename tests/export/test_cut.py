@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from export.cut import cut_stage, example_inputs, find_pools, find_segments, locate_pools, locate_segments, run_segment
+from export.cut import cut_stage, find_pools, find_segments, locate_pools, locate_segments, run_segment
+from export.inputs import example_inputs
 from export.trace import forward_graph
 from lamina.errors import CutError
 from lamina.model import Contrastive, ModelDescription, TextTokens

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from export.cut import cut_stage, example_inputs, find_segments
+from export.cut import cut_stage, find_segments
 from export.decompositions import LEAN
+from export.inputs import example_inputs
 from export.joint import joint_graph
 from export.lower_torch import lower_torch
 from export.parity import check_parity

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from export.cost import peak_live_bytes
-from export.cut import example_inputs, raw_input
 from export.frozen import frozen_graph, restore, take
+from export.inputs import example_inputs, raw_input
 from export.prefix_errors import ROWS, frozen_chains, measure_prefix, read_sample
 from lamina.errors import DataError
 from lamina.model import TextTokens

@@ -8,9 +8,10 @@ import torch
 from export.assemble import _Network, output_names
 from export.bundle import export_bundle
 from export.cost import TRAINING_FACTOR, embedding_bytes, forward_macs, held_values
-from export.cut import cut_stage, example_inputs, find_segments, raw_input
+from export.cut import cut_stage, find_segments
 from export.doctor import examine
 from export.fit import Base, fits
+from export.inputs import example_inputs, raw_input
 from export.models import build_model, zero_late_layers
 from export.notes import notes_of
 from export.programs import stage_terms
