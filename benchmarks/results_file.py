@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 def write_results(name: str, command: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
     """Writes `benchmarks/results/<name>.json`, a line for each row, and gives its path."""
     facts = {"command": command, "machine": machine(), "versions": versions(), **facts}
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    lines = ",\n".join(f"  {json.dumps(row, separators=(',', ':'))}" for row in rows)
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(f'{json.dumps(facts, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
