@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.methods.plans import (
     BASELINE,
     BLENDED,
-    DEEP_ALONE,
+    ELSEWHERE,
     METHODS,
     OPTIONS,
     PARTIAL,
@@ -121,7 +121,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell(data, RECIPE, usual_setting(data), seed)
         yield Cell(data, CENTRALISED, POOLED, seed)
         yield Cell(data, LINEAR, POOLED, seed)
-    for method in (name for name in SELF_SUPERVISED if name not in DEEP_ALONE):
+    for method in (name for name in SELF_SUPERVISED if name not in ELSEWHERE):
         yield Cell("fashion", method, USUAL, seed)
     for method in ("fedssl", "lw_fedssl", "prog_fedssl", "lw_fedssl_ours"):
         yield Cell("fashion", method, MANY, seed)
@@ -132,7 +132,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("fashion_12", method, MANY, seed, DEEP_ROUNDS)
     for bound in (CENTRALISED, LINEAR, UNTRAINED):
         yield Cell("fashion", bound, POOLED, seed)
-    for method in (*METHODS, RECIPE):
+    for method in (*METHODS, RECIPE, "e2e_half_rate", "e2e_double_rate"):
         yield Cell("emoji", method, usual_setting("emoji"), seed)
     for bound in (CENTRALISED, LINEAR):
         yield Cell("emoji", bound, POOLED, seed)
@@ -155,13 +155,20 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         for method in (BASELINE, "layerwise", "lw_lean"):
             yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
     for data in SUPERVISED:
-        for method in ("e2e_blend", RECIPE):
+        for method in ("e2e_half_rate", "e2e_blend", RECIPE):
             yield Cell(f"{data}_12", method, usual_setting(data), seed, DEEP_ROUNDS)
-    for method in ("fedsimclr", "lw_fedsimclr", "lw_fedsimclr_lean", "lw_fedsimclr_lean_ours", "lamina_simclr"):
+    for method in (
+        "fedsimclr",
+        "fedsimclr_half_rate",
+        "lw_fedsimclr",
+        "lw_fedsimclr_lean",
+        "lw_fedsimclr_lean_ours",
+        "lamina_simclr",
+    ):
         yield Cell("fashion_12", method, USUAL, seed, DEEP_ROUNDS)
-    for method in ("fedsimclr", "lw_fedsimclr_whole_ours", "lamina_simclr"):
+    for method in ("fedsimclr", "fedsimclr_half_rate", "lw_fedsimclr_whole_ours", "lamina_simclr"):
         yield Cell("fashion_16", method, USUAL, seed, DEEP_ROUNDS)
-    for method in (BASELINE, "lw_lean"):
+    for method in (BASELINE, "e2e_half_rate", "lw_lean"):
         yield Cell("emoji_16", method, NATURAL, seed, DEEP_ROUNDS)
     for method in (name for name in OPTIONS if name != RECIPE):
         for data in ("av_digits_medium", "seglearn"):

@@ -252,8 +252,8 @@ _ALIGNED, _MOON = SelfSupervised(method="moco", align=0.5), SelfSupervised(metho
 _CALIBRATION = Calibration(data="500 images of the server", learning_rate=1e-3)
 _FRESH = FeatureStore(views=8, keep="round")
 _FLL = {"optimizer": SGD(momentum=0.9)}
-DEEP_ALONE = ("lw_fedsimclr_lean", "lw_fedsimclr_lean_ours", "lw_fedsimclr_whole_ours")
-"""Methods of `SELF_SUPERVISED` that are run with 12 and 16 layers alone."""
+ELSEWHERE = ("lw_fedsimclr_lean", "lw_fedsimclr_lean_ours", "lw_fedsimclr_whole_ours", "fedssl_triple_rate")
+"""Methods of `SELF_SUPERVISED` that are run with 12 and 16 layers, or with many clients, alone."""
 SELF_SUPERVISED: dict[str, MakePlan] = {
     "fedssl": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO),
     "fedssl_half_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _MOCO, ONE_RATE / 2),
@@ -273,7 +273,10 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "lw_fedssl_lean": lambda *given: self_supervised_plan(*given, "layerwise", _MOCO, **(_LEAN | _STORED_VIEWS)),
     "lw_fedbyol": lambda *given: self_supervised_plan(*given, "layerwise", SelfSupervised(method="byol")),
     "fedbyol": lambda *given: self_supervised_plan(*given, "end_to_end", SelfSupervised(method="byol")),
+    "fedbyol_half_rate": lambda *given: self_supervised_plan(*given, "end_to_end", SelfSupervised(method="byol"), ONE_RATE / 2),
     "fedsimclr": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR),
+    "fedsimclr_half_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR, ONE_RATE / 2),
+    "fedsimclr_double_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR, ONE_RATE * 2),
     "lw_fedsimclr_lean": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR, **(_LEAN | _STORED_VIEWS)),
     "lw_fedsimclr_lean_ours": lambda *given: self_supervised_plan(
         *given, "layerwise", _SIMCLR, is_ours=True, **(_LEAN | _STORED_VIEWS)
