@@ -49,12 +49,35 @@ def load_fashion(seed: int, train_examples: int = 60_000, test_examples: int = 1
     rng = np.random.default_rng([seed, 5])
     parts = []
     for split, count in (("train", train_examples), ("test", test_examples)):
-        image, label = arrays[f"{split}_image"], arrays[f"{split}_label"]
+        label = arrays[f"{split}_label"]
         if count % CLASSES or not 0 < count <= len(label):
             raise ConfigError(f"{split}_examples must be a multiple of {CLASSES}, at most {len(label)}, given {count}")
-        rows = rng.permutation(np.concatenate([_draw(label, value, count // CLASSES, rng) for value in range(CLASSES)]))
-        parts.append(Images((image[rows].astype(np.float32) / 255)[:, None], label[rows].astype(np.int64)))
+        rows = rng.permutation(np.concatenate([each[: count // CLASSES] for each in _shuffled_classes(label, rng)]))
+        parts.append(_images(arrays, split, rows))
     return parts[0], parts[1]
+
+
+def load_held_out(seed: int, train_examples: int, examples: int) -> Images:
+    """So many images of the training part that `load_fashion(seed, train_examples)` leaves out, equally many of each class: to
+    choose settings by. Raises as it does."""
+    arrays = _read_arrays(cache_folder() / "data")
+    label = arrays["train_label"]
+    left = len(label) - train_examples
+    if examples % CLASSES or train_examples % CLASSES or not 0 < examples <= left:
+        raise ConfigError(f"examples must be a multiple of {CLASSES}, at most the {left} that are left, given {examples}")
+    first, last = train_examples // CLASSES, (train_examples + examples) // CLASSES
+    shuffled = _shuffled_classes(label, np.random.default_rng([seed, 5]))
+    return _images(arrays, "train", np.concatenate([each[first:last] for each in shuffled]))
+
+
+def _shuffled_classes(label: NDArray[np.uint8], rng: np.random.Generator) -> list[NDArray[np.intp]]:
+    """The rows of each class, in random order."""
+    return [rng.permutation(np.flatnonzero(label == value)) for value in range(CLASSES)]
+
+
+def _images(arrays: dict[str, NDArray[np.uint8]], split: str, rows: NDArray[np.intp]) -> Images:
+    image, label = arrays[f"{split}_image"][rows], arrays[f"{split}_label"][rows]
+    return Images((image.astype(np.float32) / 255)[:, None], label.astype(np.int64))
 
 
 def fetch_debian(requirement: str, sha256: str, folder: Path) -> Path:
@@ -131,10 +154,6 @@ def _read_arrays(folder: Path) -> dict[str, NDArray[np.uint8]]:
         partial.replace(cached)
     with np.load(cached) as data:
         return {name: data[name] for name in data.files}
-
-
-def _draw(label: NDArray[np.uint8], value: int, count: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    return rng.permutation(np.flatnonzero(label == value))[:count]
 
 
 def _find(folder: Path, sha256: str) -> Path | None:

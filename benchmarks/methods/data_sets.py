@@ -39,8 +39,8 @@ Arrays = Mapping[str, NDArray[Any]]
 @dataclass(frozen=True)
 class Loaded:
     """Both splits. `owner` has the natural client of each training row, `test_groups` what counts as the same answer in
-    retrieval, `server` rows that no client has, for calibration, and `public` such rows from which encoders are trained before
-    the run; None where the data have no such thing."""
+    retrieval, `server` rows that no client has, for calibration, `public` such rows from which encoders are trained before the
+    run, and `held_out` such rows with labels, to choose settings by; None where the data have no such thing."""
 
     train: Arrays
     test: Arrays
@@ -48,6 +48,7 @@ class Loaded:
     test_groups: NDArray[np.int64] | None = None
     server: Arrays | None = None
     public: Arrays | None = None
+    held_out: Arrays | None = None
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,13 @@ def _choose(loaded: Loaded, modalities: Sequence[str]) -> Loaded:
 
 
 def load_clothes(seed: int) -> Loaded:
-    """2,500 and 1,000 of the images, so that a run takes minutes; the server has 500 others, without labels."""
+    """2,500 and 1,000 of the images, so that a run takes minutes; the server has 500 others, without labels, and 4,000 others
+    of the training part are held out."""
     train, test = fashion.load_fashion(seed, 3_000, 1_000)
-    clients = {"image": train.image[:2_500], LABEL: train.label[:2_500]}
-    return Loaded(clients, {"image": test.image, LABEL: test.label}, server={"image": train.image[2_500:]})
+    clients, server = {"image": train.image[:2_500], LABEL: train.label[:2_500]}, {"image": train.image[2_500:]}
+    others = fashion.load_held_out(seed, 3_000, 4_000)
+    held_out = {"image": others.image, LABEL: others.label}
+    return Loaded(clients, {"image": test.image, LABEL: test.label}, server=server, held_out=held_out)
 
 
 def load_emoji_pairs(seed: int) -> Loaded:

@@ -16,7 +16,7 @@ from benchmarks.federated import federated_run
 from benchmarks.methods.bounds import linear_accuracy, linear_recalls
 from benchmarks.methods.cells import CENTRALISED, LINEAR, UNTRAINED, Cell
 from benchmarks.methods.costs import costs_of
-from benchmarks.methods.data_sets import DATA_SETS, Loaded, deal, deal_server
+from benchmarks.methods.data_sets import DATA_SETS, Arrays, Loaded, deal, deal_server
 from benchmarks.methods.gradients import GradientProbe
 from benchmarks.methods.plans import ALL, BASELINE, METHODS, REAL, SELF_SUPERVISED_BASELINE
 from benchmarks.methods.pretraining import pretrained_model
@@ -144,9 +144,16 @@ def _of_recalls(recalls: dict[str, float]) -> dict[str, Any]:
 
 def probe(model: TrainedModel, loaded: Loaded, seed: int) -> dict[str, Any]:
     """Accuracy of a linear model on the encoders' features; it alone sees the labels."""
-    train, test = ({**model.features(arrays), LABEL: arrays[LABEL]} for arrays in (loaded.train, loaded.test))
-    accuracy, penalty = linear_accuracy(Loaded(train, test), seed)
-    return {"score": accuracy, "score_is": "linear probe accuracy", "penalty": penalty}
+
+    def features_of(arrays: Arrays) -> Arrays:
+        return {**model.features(arrays), LABEL: arrays[LABEL]}
+
+    train = features_of(loaded.train)
+    accuracy, penalty = linear_accuracy(Loaded(train, features_of(loaded.test)), seed)
+    row = {"score": accuracy, "score_is": "linear probe accuracy", "penalty": penalty}
+    if loaded.held_out is not None:
+        row["held_out_score"], _ = linear_accuracy(Loaded(train, features_of(loaded.held_out)), seed)
+    return row
 
 
 def describe(result: SimulationResult) -> dict[str, Any]:

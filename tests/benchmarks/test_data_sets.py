@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from benchmarks.data import emoji_images, fashion, seglearn
 from benchmarks.data.fetch import cache_folder
@@ -180,27 +181,45 @@ def test_idx_files_are_images_or_labels_of_the_promised_length() -> None:
             fashion.parse_idx(wrong)
 
 
-def test_fashion_gives_equally_many_of_each_class_the_same_for_the_same_seed(monkeypatch, tmp_path: Path) -> None:
+@pytest.fixture
+def tiny_fashion(monkeypatch, tmp_path: Path) -> None:
+    """Four images of each class for training and two for test; the grey of each tells its class and its number."""
     monkeypatch.setenv("LAMINA_CACHE", str(tmp_path))
     members = {}
     for prefix, each in (("train", 4), ("t10k", 2)):
         label = np.repeat(np.arange(10), each)
-        members[f"{prefix}-images-idx3"] = np.broadcast_to(label[:, None, None] * 20, (10 * each, 28, 28))
+        grey = label * 20 + np.tile(np.arange(each), 10)
+        members[f"{prefix}-images-idx3"] = np.broadcast_to(grey[:, None, None], (10 * each, 28, 28))
         members[f"{prefix}-labels-idx1"] = label
     files = {f"{fashion._FOLDER}/{name}-ubyte.gz": gzip.compress(idx(values)) for name, values in members.items()}
     (tmp_path / "data").mkdir()
     made = debian_package(tmp_path / "made.deb", files)
     monkeypatch.setattr(fashion, "fetch_debian", lambda *_: made)
 
+
+def greys(images: fashion.Images) -> NDArray[np.int64]:
+    return np.rint(images.image[:, 0, 0, 0] * 255).astype(int)
+
+
+def test_fashion_gives_equally_many_of_each_class_the_same_for_the_same_seed(tiny_fashion: None) -> None:
     train, test = fashion.load_fashion(1, 20, 10)
     assert train.image.shape == (20, 1, 28, 28) and test.image.shape == (10, 1, 28, 28)
     np.testing.assert_array_equal(np.bincount(train.label), [2] * 10)
-    np.testing.assert_allclose(train.image[:, 0, 0, 0], train.label * 20 / 255, rtol=1e-6)
+    np.testing.assert_array_equal(greys(train) // 20, train.label)
     np.testing.assert_array_equal(train.label, fashion.load_fashion(1, 20, 10)[0].label)
     assert not np.array_equal(train.label, fashion.load_fashion(2, 20, 10)[0].label)
     for wrong in (15, 50, 0):
         with pytest.raises(ConfigError, match="multiple of 10, at most 40"):
             fashion.load_fashion(1, wrong, 10)
+
+
+def test_fashion_held_out_are_training_images_that_were_not_drawn(tiny_fashion: None) -> None:
+    train, held_out = fashion.load_fashion(1, 20, 10)[0], fashion.load_held_out(1, 20, 10)
+    np.testing.assert_array_equal(np.bincount(held_out.label), [1] * 10)
+    np.testing.assert_array_equal(greys(held_out) // 20, held_out.label)
+    assert not set(greys(train)) & set(greys(held_out))
+    with pytest.raises(ConfigError, match="multiple of 10, at most the 20 that are left, given 30"):
+        fashion.load_held_out(1, 20, 30)
 
 
 def test_without_apt_the_error_says_where_to_put_the_package(monkeypatch, tmp_path: Path) -> None:

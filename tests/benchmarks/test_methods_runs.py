@@ -125,11 +125,15 @@ def test_pairs_whose_right_answers_nobody_knows_are_judged_by_a_probe(tiny_data:
         parts = (
             {"image": part["audio"], "text": part["audio"], "label": part["label"]} for part in (loaded.train, loaded.test)
         )
-        return Loaded(*parts, owner=loaded.owner)
+        train, test = parts
+        return Loaded(train, test, owner=loaded.owner, held_out=test if seed else None)
 
     monkeypatch.setitem(DATA_SETS, "pair", DataSet(PAIR, load))
     row = run_cell(Cell("pair", "end_to_end", Setting("natural"), 0, rounds=2))
     assert row["score_is"] == "linear probe accuracy" and row["score"] > 0.5  # three classes far apart: chance is 0.33
+    assert "held_out_score" not in row
+    row = run_cell(Cell("pair", "end_to_end", Setting("natural"), 1, rounds=2))
+    assert row["held_out_score"] == row["score"]
 
 
 def test_a_run_with_public_rows_starts_from_encoders_that_were_trained_on_them(
