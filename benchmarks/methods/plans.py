@@ -318,3 +318,9 @@ def baseline_of(method: str) -> str:
     if method.startswith("fll") or method.endswith("_sgd"):
         return "fedsimclr_sgd"
     return "fedsimclr" if "simclr" in method else SELF_SUPERVISED_BASELINE
+
+
+def rates_of(baseline: str) -> tuple[str, ...]:
+    """The names of an end-to-end method at its common rate, and at others."""
+    name = "e2e" if baseline == BASELINE else baseline
+    return (baseline, *(f"{name}_{rate}_rate" for rate in ("half", "double", "triple")))

@@ -1,7 +1,8 @@
 """Means over seeds, each method beside end-to-end training of the same objective in the same setting.
 
-Differences are paired by seed: the same data, split and initial weights. Ratios are of means: 2.5 is 2.5 times less than end
-to end. A bound has no costs of a device, so it has no ratios.
+Differences are paired by seed: the same data, split and initial weights. Where end to end was run at several learning rates,
+there are also differences to the best of them, chosen on the test scores: in its favour. Ratios are of means: 2.5 is 2.5 times
+less than end to end. A bound has no costs of a device, so it has no ratios.
 """
 
 import statistics
@@ -11,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.methods.cells import usual_setting
-from benchmarks.methods.plans import baseline_of
+from benchmarks.methods.plans import baseline_of, rates_of
 from benchmarks.methods.retrieval import CUTS, mean_recall
 
 COSTS = ("planned_bytes", "macs_per_sample", "bytes_moved", "cpu_seconds")
@@ -23,7 +24,8 @@ NOTES = (
     "the run, programs included, heads included, without JSON messages. Memory and FLOPs do not depend on the machine. CPU: "
     "seconds of all devices over the run, features and evaluations included, the export not; rows may be of different days "
     "of a noisy machine. Shock: points that the model loses when a stage attaches its layers, before they train; drop: from "
-    "the last round of a stage to the end of the first of the next. Both are means over the changes of stages.",
+    "the last round of a stage to the end of the first of the next. Both are means over the changes of stages. To best rate: "
+    "points to end to end at that of its learning rates whose mean score is best, where it was run at several.",
 )
 
 
@@ -32,16 +34,27 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     entries = []
     for data, setting in dict.fromkeys((row["data"], row["setting"]) for row in rows):
         here = [row for row in rows if (row["data"], row["setting"]) == (data, setting)]
-        for method in dict.fromkeys(row["method"] for row in here):
-            baseline = [row for row in here if row["method"] == baseline_of(method)]
-            entries.append(_entry([row for row in here if row["method"] == method], baseline))
+        by_method = {method: [row for row in here if row["method"] == method] for method in dict.fromkeys(map(_method, here))}
+        for method, mine in by_method.items():
+            entries.append(_entry(mine, [by_method.get(rate, []) for rate in rates_of(baseline_of(method))]))
     return entries
 
 
-def _entry(mine: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _method(row: dict[str, Any]) -> str:
+    name: str = row["method"]
+    return name
+
+
+def _entry(mine: Sequence[dict[str, Any]], rates: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """`rates` are the rows of end to end at its common rate, and then at others."""
+    baseline, *others = rates
     scores = [row["score"] for row in mine]
-    by_seed = {row["seed"]: row["score"] for row in baseline}
-    points = [100 * (row["score"] - by_seed[row["seed"]]) for row in mine if row["seed"] in by_seed]
+    points = _points(mine, baseline)
+    # A rate counts where it was run with every seed: with fewer, chance would choose it.
+    seeds = {row["seed"] for row in baseline}
+    swept = [rows for rows in others if seeds and {row["seed"] for row in rows} >= seeds]
+    best = max([baseline, *swept], key=lambda rows: statistics.mean(row["score"] for row in rows)) if swept else []
+    to_best = _points(mine, best)
     entry = {
         "data": mine[0]["data"],
         "setting": mine[0]["setting"],
@@ -52,6 +65,9 @@ def _entry(mine: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
         "score_sd": _mean_and_spread(scores)["sd"],
         "points_to_end_to_end": statistics.mean(points) if points else None,
         "points_range": [min(points), max(points)] if points else None,
+        "best_rate": best[0]["method"] if best else None,
+        "points_to_best_rate": statistics.mean(to_best) if to_best else None,
+        "points_to_best_rate_range": [min(to_best), max(to_best)] if to_best else None,
     }
     if "image_to_text_r1" in mine[0]:
         entry["recall"] = {str(cut): _mean_and_spread([mean_recall(row, cut) for row in mine]) for cut in CUTS}
@@ -63,6 +79,12 @@ def _entry(mine: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -
         entry[cost] = means[0]
         entry[f"{cost}_times_less"] = means[1] / means[0] if means[0] and means[1] else None
     return entry
+
+
+def _points(mine: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[float]:
+    """100 x the differences of the scores, for the seeds that both have."""
+    by_seed = {row["seed"]: row["score"] for row in others}
+    return [100 * (row["score"] - by_seed[row["seed"]]) for row in mine if row["seed"] in by_seed]
 
 
 def _mean_and_spread(values: Sequence[float]) -> dict[str, float | None]:
@@ -97,7 +119,8 @@ _LAYERWISE = ("layerwise", "lw", "lamina", "fll")
 
 
 def bars(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Points to end to end of each kind of method, by data set in its usual setting, and their mean over the data sets.
+    """Points to end to end of each kind of method, by data set in its usual setting, and their mean over the data sets: at its
+    common learning rate, and at its best where it was run at several.
 
     `layerwise` and `progressive` are the plain methods. `layerwise_at_a_tenth` is the best layer-wise method with at most a
     tenth of the memory, the FLOPs and the bytes; `best_layerwise` the best of all layer-wise methods. These two are chosen by
@@ -113,10 +136,26 @@ def bars(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "layerwise_at_a_tenth": _best([entry for entry in ours if _is_a_tenth(entry)]),
         "best_layerwise": _best(ours),
     }.items():
-        points = {each["data"]: {"method": each["method"], "points": each["points_to_end_to_end"]} for each in chosen}
-        mean = statistics.mean(each["points"] for each in points.values()) if points else None
-        found[kind] = {"by_data": points, "mean_points": mean}
+        by_data = {
+            each["data"]: {
+                "method": each["method"],
+                "points": each["points_to_end_to_end"],
+                "points_to_best_rate": _to_best(each),
+            }
+            for each in chosen
+        }
+        means = {
+            f"mean_{name}": statistics.mean(each[name] for each in by_data.values()) if by_data else None
+            for name in ("points", "points_to_best_rate")
+        }
+        found[kind] = {"by_data": by_data, **means}
     return found
+
+
+def _to_best(entry: dict[str, Any]) -> float:
+    """Points to the best rate of end to end, where it has but one to that."""
+    points: float = entry["points_to_end_to_end" if entry["best_rate"] is None else "points_to_best_rate"]
+    return points
 
 
 def _first_named(entries: Sequence[dict[str, Any]], methods: Sequence[str]) -> list[dict[str, Any]]:
@@ -144,6 +183,7 @@ HEADINGS = (
     "sd",
     "points to e2e",
     "range",
+    "to best rate",
     "shock",
     "drop",
     "memory",
@@ -193,6 +233,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
         _shown(entry["score_sd"], "{:.4f}"),
         _shown(entry["points_to_end_to_end"], "{:+.2f}"),
         "-" if entry["points_range"] is None else "{:+.1f} to {:+.1f}".format(*entry["points_range"]),
+        _shown(entry["points_to_best_rate"], "{:+.2f}"),
         _shown(entry["shock_at_stage_start_points"], "{:+.2f}"),
         _shown(entry["drop_at_stage_change_points"], "{:+.2f}"),
         *(_shown(entry[f"{cost}_times_less"], "{:.2f}x less") for cost in COSTS),

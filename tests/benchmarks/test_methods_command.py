@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from benchmarks import results_file
 from benchmarks.methods import __main__ as command
 from benchmarks.methods import run as runner
 from benchmarks.methods.cells import LINEAR, POOLED, Cell, Setting
-from benchmarks.methods.plans import ALL, strategy_plan
+from benchmarks.methods.plans import ALL, BASELINE, strategy_plan
 from benchmarks.methods.plot import draw
 from benchmarks.methods.run import plan_hash
 from benchmarks.methods.summary import COSTS, bars, markdown_of, recalls_of, stage_shock, summarise, table_of
@@ -147,7 +148,24 @@ def test_the_summary_pairs_seeds_and_compares_costs() -> None:
     assert bound["points_to_end_to_end"] is None and bound["bytes_moved_times_less"] is None and bound["score_sd"] is None
     assert table_of([baseline, layerwise, bound]).row_count == 3
     lines = markdown_of([baseline, layerwise, bound]).splitlines()
-    assert len(lines) == 5 and "| layerwise | 2 | 0.8650 |" in lines[3] and {line.count("|") for line in lines} == {15}
+    assert len(lines) == 5 and "| layerwise | 2 | 0.8650 |" in lines[3] and {line.count("|") for line in lines} == {16}
+
+
+def test_points_to_the_best_rate_are_to_the_one_with_the_best_mean_that_all_seeds_have() -> None:
+    def rows(method: str, scores: Sequence[float]) -> list[dict[str, object]]:
+        return [row_of(Cell("seglearn", method, Setting("natural"), seed), score) for seed, score in enumerate(scores)]
+
+    common, ours = rows(BASELINE, (0.80, 0.70)), rows("layerwise", (0.85, 0.80))
+    half, double = rows("e2e_half_rate", (0.70, 0.90)), rows("e2e_double_rate", (0.95,))  # of which a seed is missing
+    alone = summarise([*common, *ours])
+    assert [entry["best_rate"] for entry in alone] == [None, None] and alone[1]["points_to_best_rate"] is None
+    of = {entry["method"]: entry for entry in summarise([*common, *ours, *half, *double])}
+    assert of["layerwise"]["points_to_end_to_end"] == pytest.approx(7.5)
+    assert of["layerwise"]["best_rate"] == "e2e_half_rate"
+    assert of["layerwise"]["points_to_best_rate"] == pytest.approx(2.5)
+    assert of["layerwise"]["points_to_best_rate_range"] == pytest.approx([-10, 15])
+    assert of[BASELINE]["points_to_best_rate"] == pytest.approx(-5)
+    assert {entry["points_to_best_rate"] for entry in summarise([*ours, *half])} == {None}  # the common rate is missing
 
 
 def test_recalls_are_means_of_both_ways_over_seeds() -> None:
@@ -178,12 +196,14 @@ def test_bars_are_means_over_data_sets_and_name_the_best_layerwise_method() -> N
         setting: str = "natural",
         times_less: float = 4.0,
         bytes_less: float = 12.0,
+        to_best: float | None = None,
     ) -> dict[str, object]:
         costs = {f"{cost}_times_less": times_less for cost in COSTS} | {"bytes_moved_times_less": bytes_less}
-        return {"data": data, "setting": setting, "method": method, "points_to_end_to_end": points} | costs
+        best = {"best_rate": None if to_best is None else "e2e_half_rate", "points_to_best_rate": to_best}
+        return {"data": data, "setting": setting, "method": method, "points_to_end_to_end": points} | best | costs
 
     entries = [
-        entry("seglearn", "layerwise", -1.0),
+        entry("seglearn", "layerwise", -1.0, to_best=-2.5),
         entry("seglearn", "layerwise_2", 2.0),
         entry("seglearn", "linear", None),
         entry("emoji", "layerwise", 0.5),
@@ -194,9 +214,11 @@ def test_bars_are_means_over_data_sets_and_name_the_best_layerwise_method() -> N
     ]
     found = bars(entries)
     assert found["layerwise"]["mean_points"] == pytest.approx(-0.25)
-    assert found["progressive"]["by_data"] == {"emoji": {"method": "progressive", "points": 3.0}}
-    assert found["best_layerwise"]["by_data"]["seglearn"] == {"method": "layerwise_2", "points": 2.0}
-    assert found["layerwise_at_a_tenth"]["by_data"] == {"seglearn_12": {"method": "lw_lean", "points": 0.25}}
+    assert found["layerwise"]["mean_points_to_best_rate"] == pytest.approx(-1.0)  # on emoji end to end had one rate
+    chosen = {kind: {data: (each["method"], each["points"]) for data, each in found[kind]["by_data"].items()} for kind in found}
+    assert chosen["progressive"] == {"emoji": ("progressive", 3.0)}
+    assert chosen["best_layerwise"]["seglearn"] == ("layerwise_2", 2.0)
+    assert chosen["layerwise_at_a_tenth"] == {"seglearn_12": ("lw_lean", 0.25)}
     assert bars([])["layerwise"]["mean_points"] is None
 
 
