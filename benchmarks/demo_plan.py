@@ -5,6 +5,9 @@ The settings come from a small sweep with eager PyTorch on seeds 0 to 3: 14-pixe
 There is no validation split: the sweep looked at test accuracy, so the demo's figures are those of a tuned setting.
 """
 
+from fractions import Fraction
+from math import ceil
+
 from lamina.errors import ConfigError
 from lamina.model import AudioFrames, Encoder, ImagePatches, ModelDescription, Projection, Supervised
 from lamina.plan import AdamW, Cohort, Plan, StrategyName, Training
@@ -62,14 +65,14 @@ def demo_plan(
     )
 
 
-def skewed_rounds(total: int, stages: int) -> list[int]:
-    """`total` rounds, about 4 in 9 of them in stage 0 and the others even: 18 over 6 stages is 8, 2, 2, 2, 2, 2. Where there
-    are enough for it, each stage has one at least: 20 over 16 stages is 5, 1, ..., 1."""
+def skewed_rounds(total: int, stages: int, first: Fraction = Fraction(4, 9)) -> list[int]:
+    """`total` rounds, the share `first` of them in stage 0 and the others even: 18 over 6 stages is 8, 2, 2, 2, 2, 2. Where
+    there are enough for it, each stage has one at least: 20 over 16 stages is 5, 1, ..., 1."""
     if total < 1:
         raise ConfigError(f"--rounds must be at least 1, given {total}")
     if stages == 1:
         return [total]
-    remaining = total - -(-total * 4 // 9)
+    remaining = total - ceil(total * first)
     later, extra = divmod(max(remaining, stages - 1) if total >= stages else remaining, stages - 1)
     others = [later + (1 if index < extra else 0) for index in range(stages - 1)]
     return [total - sum(others), *others]

@@ -1,8 +1,8 @@
 """What is run: cells of (data set, method, setting, seed), in the order in which time is best spent.
 
     main            labelled data: every method in the data set's usual setting, with lamina's recipe and the bounds
-    self-supervised Fashion-MNIST without its labels, and a linear probe; 4 clients, and 32 of which 8 train in a round,
-                    in 18 rounds and in 90, and with 12 layers
+    self-supervised Fashion-MNIST without its labels, and a linear probe; 4 clients, in 18 rounds and in 54, and 32 of which 8
+                    train in a round, in 18 rounds and in 90, and with 12 layers
     pairs           Emoji-4Style, image and text, contrastive; a drawing style is a client. AV-Digits MEDIUM without its head,
                     whose pairs were made by class, and a linear probe
     real            AV-Digits MEDIUM, layer-wise, through real processes: the same scores as in simulation
@@ -42,7 +42,7 @@ from benchmarks.methods.plans import (
 CENTRALISED, LINEAR, UNTRAINED = "centralised", "linear", "untrained"
 """Bounds: the baseline's plan on one client that has all data; a linear model on raw values (`benchmarks.methods.bounds`); and,
 for self-supervised methods, a linear probe on the features of a model that was never trained."""
-ROUNDS, DEEP_ROUNDS, LONG_ROUNDS = 18, 20, 90
+ROUNDS, DEEP_ROUNDS, MORE_ROUNDS, LONG_ROUNDS = 18, 20, 54, 90
 SKEWS, SHARES = ("beta=0.1", "beta=5"), (0.25, 0.5, 1.0)
 SUPERVISED = ("av_digits_medium", "av_digits_hard", "seglearn")
 
@@ -87,7 +87,7 @@ class Cell:
     @property
     def compared_within(self) -> str:
         """The setting, and the rounds where there are more: rows are compared with those that have the same."""
-        return f"{self.setting}, {self.rounds} rounds" if self.rounds == LONG_ROUNDS else str(self.setting)
+        return f"{self.setting}, {self.rounds} rounds" if self.rounds in (MORE_ROUNDS, LONG_ROUNDS) else str(self.setting)
 
     def as_row(self) -> dict[str, Any]:
         settings = {name: value for name, value in asdict(self.setting).items() if value or name == "clients"}
@@ -123,6 +123,8 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell(data, LINEAR, POOLED, seed)
     for method in (name for name in SELF_SUPERVISED if name not in ELSEWHERE):
         yield Cell("fashion", method, USUAL, seed)
+    for method in ("fedsimclr", "fedsimclr_half_rate", "fedsimclr_batch_64", "lw_fedsimclr", "lamina_simclr"):
+        yield Cell("fashion", method, USUAL, seed, MORE_ROUNDS)
     for method in ("fedssl", "lw_fedssl", "prog_fedssl", "lw_fedssl_ours"):
         yield Cell("fashion", method, MANY, seed)
         yield Cell("fashion", method, MANY, seed, LONG_ROUNDS)
@@ -168,6 +170,8 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("fashion_12", method, USUAL, seed, DEEP_ROUNDS)
     for method in ("fedsimclr", "fedsimclr_half_rate", "lw_fedsimclr_whole_ours", "lamina_simclr"):
         yield Cell("fashion_16", method, USUAL, seed, DEEP_ROUNDS)
+    for method in ("fedsimclr", "lamina_simclr"):
+        yield Cell("fashion_16", method, USUAL, seed, MORE_ROUNDS)
     for method in (BASELINE, "e2e_half_rate", "lw_lean"):
         yield Cell("emoji_16", method, NATURAL, seed, DEEP_ROUNDS)
     for method in (name for name in OPTIONS if name != RECIPE):

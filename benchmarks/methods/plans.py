@@ -8,6 +8,7 @@ rate for all strategies, as in the papers, but for `_ours`.
 """
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 from benchmarks.demo_plan import LEARNING_RATE, blended, skewed_rounds
@@ -100,12 +101,13 @@ def self_supervised_plan(
     calibration: Calibration | None = None,
     layers_per_stage: int = 1,
     is_ours: bool = False,
+    first: Fraction = Fraction(4, 9),
     zero_init: bool = False,
     **training: object,
 ) -> Plan:
     """The model's encoder with a self-supervised objective. Rounds are spread evenly over the stages, and all strategies have
-    one rate, as in the papers; or, `is_ours`, as the supervised plans have them: rounds skewed to stage 0, which alone trains
-    the stem, and the strategy's own rate.
+    one rate, as in the papers; or, `is_ours`, as the supervised plans have them: the share `first` of the rounds for stage 0,
+    which alone trains the stem, and the strategy's own rate.
 
     Crops and gains are there because moved, mirrored and noisy images alone taught SimCLR nothing, in a trial before this.
     """
@@ -119,7 +121,7 @@ def self_supervised_plan(
         "features": FeatureStore(views=8),
     }
     model = model.model_copy(update={"objective": objective})
-    rounds_of = skewed_rounds(rounds, -(-encoder.layers // layers_per_stage)) if is_ours else rounds
+    rounds_of = skewed_rounds(rounds, -(-encoder.layers // layers_per_stage), first) if is_ours else rounds
     learning_rate = LEARNING_RATE[strategy] if is_ours else learning_rate
     return Plan(
         name=model.name,
@@ -252,6 +254,26 @@ _ALIGNED, _MOON = SelfSupervised(method="moco", align=0.5), SelfSupervised(metho
 _CALIBRATION = Calibration(data="500 images of the server", learning_rate=1e-3)
 _FRESH = FeatureStore(views=8, keep="round")
 _FLL = {"optimizer": SGD(momentum=0.9)}
+
+
+def recipe_without_labels(model: ModelDescription, rounds: int, clients: int, seed: int) -> Plan:
+    """What lamina recommends where there are no labels: most rounds for stage 0, layers that begin as the identity, and batches
+    of 64 in micro-batches. Chosen on Fashion-MNIST's held-out images (docs/findings.md)."""
+    return self_supervised_plan(
+        model,
+        rounds,
+        clients,
+        seed,
+        "layerwise",
+        _SIMCLR,
+        is_ours=True,
+        first=Fraction(13, 18),
+        zero_init=True,
+        batch_size=64,
+        **(_SMALL_FILES | _STORED_VIEWS | {"micro_batch": 16}),
+    )
+
+
 ELSEWHERE = ("lw_fedsimclr_lean", "lw_fedsimclr_lean_ours", "lw_fedsimclr_whole_ours", "fedssl_triple_rate")
 """Methods of `SELF_SUPERVISED` that are run with 12 and 16 layers, or with many clients, alone."""
 SELF_SUPERVISED: dict[str, MakePlan] = {
@@ -276,6 +298,7 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "fedbyol_half_rate": lambda *given: self_supervised_plan(*given, "end_to_end", SelfSupervised(method="byol"), ONE_RATE / 2),
     "fedsimclr": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR),
     "fedsimclr_half_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR, ONE_RATE / 2),
+    "fedsimclr_batch_64": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR, batch_size=64),
     "fedsimclr_double_rate": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR, ONE_RATE * 2),
     "lw_fedsimclr_lean": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR, **(_LEAN | _STORED_VIEWS)),
     "lw_fedsimclr_lean_ours": lambda *given: self_supervised_plan(
@@ -284,14 +307,7 @@ SELF_SUPERVISED: dict[str, MakePlan] = {
     "lw_fedsimclr_whole_ours": lambda *given: self_supervised_plan(
         *given, "layerwise", _SIMCLR, is_ours=True, **(_SMALL_FILES | _STORED_VIEWS)
     ),
-    "lamina_simclr": lambda *given: self_supervised_plan(
-        *given,
-        "layerwise",
-        _SIMCLR,
-        is_ours=True,
-        zero_init=True,
-        **(_SMALL_FILES | _STORED_VIEWS),
-    ),
+    "lamina_simclr": recipe_without_labels,
     "lw_fedsimclr": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR),
     "fedsimclr_sgd": lambda *given: self_supervised_plan(*given, "end_to_end", _SIMCLR, 0.05, **_FLL),
     "fll": lambda *given: self_supervised_plan(*given, "layerwise", _SIMCLR, 0.05, **_FLL),
