@@ -1,5 +1,6 @@
 """`benchmarks.methods`: its data, bounds, plans and cells. No cell is run here."""
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.demo_plan import skewed_rounds
 from benchmarks.methods.bounds import linear_accuracy, linear_recalls
 from benchmarks.methods.cells import (
     CENTRALISED,
@@ -293,3 +295,14 @@ def test_the_centralised_bound_is_the_baselines_plan() -> None:
     assert plan_of(Cell("fashion", CENTRALISED, POOLED, 3)) == plan_of(Cell("fashion", "fedssl", POOLED, 3))
     with pytest.raises(ConfigError, match="known methods are end_to_end"):
         plan_of(Cell("seglearn", "unknown", POOLED, 0))
+
+
+@given(st.integers(1, 200), st.integers(1, 20), st.fractions(0, 1))
+def test_skewed_rounds_are_all_rounds_and_each_stage_has_one_where_there_are_enough(
+    total: int, stages: int, first: Fraction
+) -> None:
+    rounds = skewed_rounds(total, stages, first)
+    assert len(rounds) == stages and sum(rounds) == total and min(rounds) >= 0
+    assert total < stages or min(rounds) >= (0 if first == 0 else 1)
+    others = rounds[1:]
+    assert not others or max(others) - min(others) <= 1

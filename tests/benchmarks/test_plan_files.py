@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.methods.data_sets import DATA_SETS
+from benchmarks.methods.plans import ALL
 from lamina.plan import Plan
 from lamina.recipe import read_recipe
 
@@ -30,3 +32,13 @@ def test_a_plan_file_becomes_a_plan(path: Path) -> None:
 def test_the_page_lists_every_method() -> None:
     listed = set(re.findall(r"`benchmarks/plans/(\w+)\.toml`", PAGE))
     assert listed - OWN_PAGE == {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize(("name", "data", "rounds"), [("lamina", "av_digits_medium", 18), ("lamina_simclr", "fashion", 54)])
+def test_the_recipes_are_what_the_comparison_runs(name: str, data: str, rounds: int) -> None:
+    from export.recipe import resolve
+
+    of_the_file = resolve(str(ROOT / "benchmarks" / "plans" / f"{name}.toml")).plan
+    compared = ALL[name](DATA_SETS[data].model, rounds, 4, of_the_file.seed)
+    renamed = compared.model.model_copy(update={"name": of_the_file.model.name})
+    assert of_the_file == compared.model_copy(update={"name": of_the_file.name, "model": renamed})
