@@ -1,8 +1,8 @@
 """What is run: cells of (data set, method, setting, seed), in the order in which time is best spent.
 
     main            labelled data: every method in the data set's usual setting, with lamina's recipe and the bounds
-    self-supervised Fashion-MNIST without its labels, and a linear probe; 4 clients, in 18 rounds and in 54, and 32 of which 8
-                    train in a round, in 18 rounds and in 90, and with 12 layers
+    self-supervised Fashion-MNIST without its labels, and a linear probe; 4 clients, in 18 rounds and in 54, with one layer
+                    too, and 32 of which 8 train in a round, in 18 rounds and in 90, and with 12 layers
     pairs           Emoji-4Style, image and text, contrastive; a drawing style is a client. AV-Digits MEDIUM without its head,
                     whose pairs were made by class, and a linear probe
     real            AV-Digits MEDIUM, layer-wise, through real processes: the same scores as in simulation
@@ -125,6 +125,8 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("fashion", method, USUAL, seed)
     for method in ("fedsimclr", "fedsimclr_half_rate", "fedsimclr_batch_64", "lw_fedsimclr", "lamina_simclr"):
         yield Cell("fashion", method, USUAL, seed, MORE_ROUNDS)
+    for rounds in (ROUNDS, MORE_ROUNDS):
+        yield Cell("fashion_shallow", "lamina_simclr", USUAL, seed, rounds)
     for method in ("fedssl", "lw_fedssl", "prog_fedssl", "lw_fedssl_ours"):
         yield Cell("fashion", method, MANY, seed)
         yield Cell("fashion", method, MANY, seed, LONG_ROUNDS)

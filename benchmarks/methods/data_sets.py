@@ -1,7 +1,8 @@
 """The data sets of the comparison, each with its model, and how they are dealt to clients.
 
 The models are those of the demo: 6 layers of width 64 for each modality, projections of 64 and 32. A name that ends in `_12`
-or `_16` is the same data with so many layers. `minilm` is MiniLM with its pretrained weights, 6 layers of width 384.
+or `_16` is the same data with so many layers, `_shallow` with one. `minilm` is MiniLM with its pretrained weights, 6 layers of
+width 384.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -216,6 +217,7 @@ DATA_SETS: dict[str, DataSet] = {
     ),
 }
 _DEEP = {12: ("av_digits_medium", "av_digits_hard", "seglearn", "fashion", "emoji"), 16: ("fashion", "emoji")}
+DATA_SETS["fashion_shallow"] = DataSet(with_layers(DATA_SETS["fashion"].model, 1), load_clothes)
 DATA_SETS |= {
     f"{name}_{layers}": DataSet(with_layers(DATA_SETS[name].model, layers), DATA_SETS[name].load)
     for layers, names in _DEEP.items()
