@@ -211,6 +211,9 @@ def test_bars_are_means_over_data_sets_and_name_the_best_layerwise_method() -> N
         entry("emoji", "layerwise", 90.0, setting="beta=5, 4 clients"),
         entry("seglearn_12", "lw_lean", 0.25, times_less=10.5),
         entry("seglearn_12", "lamina", 0.75, times_less=10.5, bytes_less=9.0),
+        entry("seglearn_16", "lamina", -1.0, times_less=12.0),
+        entry("seglearn_16", "lamina", 0.5, setting="natural, 54 rounds", times_less=12.0),
+        entry("seglearn_16", "layerwise", 9.0, setting="natural, 90 rounds", times_less=12.0),
     ]
     found = bars(entries)
     assert found["layerwise"]["mean_points"] == pytest.approx(-0.25)
@@ -218,7 +221,8 @@ def test_bars_are_means_over_data_sets_and_name_the_best_layerwise_method() -> N
     chosen = {kind: {data: (each["method"], each["points"]) for data, each in found[kind]["by_data"].items()} for kind in found}
     assert chosen["progressive"] == {"emoji": ("progressive", 3.0)}
     assert chosen["best_layerwise"]["seglearn"] == ("layerwise_2", 2.0)
-    assert chosen["layerwise_at_a_tenth"] == {"seglearn_12": ("lw_lean", 0.25)}
+    assert chosen["layerwise_at_a_tenth"] == {"seglearn_12": ("lw_lean", 0.25), "seglearn_16": ("lamina", 0.5)}
+    assert found["layerwise_at_a_tenth"]["by_data"]["seglearn_16"]["setting"] == "natural, 54 rounds"
     assert bars([])["layerwise"]["mean_points"] is None
 
 
