@@ -172,7 +172,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("fashion_12", method, USUAL, seed, DEEP_ROUNDS)
     for method in ("fedsimclr", "fedsimclr_half_rate", "lw_fedsimclr_whole_ours", "lamina_simclr"):
         yield Cell("fashion_16", method, USUAL, seed, DEEP_ROUNDS)
-    for method in ("fedsimclr", "lamina_simclr"):
+    for method in ("fedsimclr", "fedsimclr_half_rate", "lamina_simclr"):
         yield Cell("fashion_16", method, USUAL, seed, MORE_ROUNDS)
     for method in (BASELINE, "e2e_half_rate", "lw_lean"):
         yield Cell("emoji_16", method, NATURAL, seed, DEEP_ROUNDS)
