@@ -132,7 +132,7 @@ def _of_seed(seed: int) -> Iterator[Cell]:
         yield Cell("fashion", method, MANY, seed, LONG_ROUNDS)
     for method in ("lw_fedssl_2", "fedssl_half_rate", "fedssl_double_rate", "fedssl_triple_rate"):
         yield Cell("fashion", method, MANY, seed)
-    for method in ("fedsimclr", "fedsimclr_half_rate", "lw_fedsimclr", "lamina_simclr"):
+    for method in ("fedsimclr", "fedsimclr_half_rate", "fedsimclr_double_rate", "lw_fedsimclr", "lamina_simclr"):
         yield Cell("fashion", method, MANY, seed)
     for method in ("fedssl", "fedssl_half_rate", "lw_fedssl", "lw_fedssl_ours"):
         yield Cell("fashion_12", method, MANY, seed, DEEP_ROUNDS)
