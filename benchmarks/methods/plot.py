@@ -49,7 +49,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set(xlabel="round", ylabel="test accuracy" if is_accuracy else "found first in the batch")
         axis.legend(fontsize=6, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=64)
     plt.close(figure)
 
 

@@ -34,15 +34,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     entries = []
     for data, setting in dict.fromkeys((row["data"], row["setting"]) for row in rows):
         here = [row for row in rows if (row["data"], row["setting"]) == (data, setting)]
-        by_method = {method: [row for row in here if row["method"] == method] for method in dict.fromkeys(map(_method, here))}
+        methods = dict.fromkeys(row["method"] for row in here)
+        by_method = {method: [row for row in here if row["method"] == method] for method in methods}
         for method, mine in by_method.items():
             entries.append(_entry(mine, [by_method.get(rate, []) for rate in rates_of(baseline_of(method))]))
     return entries
-
-
-def _method(row: dict[str, Any]) -> str:
-    name: str = row["method"]
-    return name
 
 
 def _entry(mine: Sequence[dict[str, Any]], rates: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
