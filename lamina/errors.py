@@ -30,6 +30,8 @@ A message names the thing, the value, the bound and the way out. It never contai
 
 from typing import ClassVar
 
+from lamina.printable import printable
+
 
 class LaminaError(Exception):
     """Base of all errors that a user can act on."""
@@ -141,5 +143,6 @@ def all_errors() -> dict[str, type[LaminaError]]:
 
 
 def shown(error: LaminaError) -> str:
-    """What a command prints when it ends with this error."""
-    return f"error [{error.code}]: {error.message}\n(what this means and how to mend it: docs/errors.md, {error.code!r})\n"
+    """What a command prints when it ends with this error. Its message may quote another machine or somebody's file."""
+    message = printable(error.message, 4000, keeps_lines=True)
+    return f"error [{error.code}]: {message}\n(what this means and how to mend it: docs/errors.md, {error.code!r})\n"
