@@ -72,7 +72,8 @@ def create_app(settings: Settings, clock: Clock = time.time, split: Runtime | No
 
     @app.post("/v1/devices")
     def enrol(is_trusted: Enroller, body: Json) -> Response:
-        return _json(devices.enrol(house, Enrolment.from_json(body, "the enrolment"), is_trusted), 201)
+        enrolled, is_new = devices.enrol(house, Enrolment.from_json(body, "the enrolment"), is_trusted)
+        return _json(enrolled, 201 if is_new else 200)
 
     @app.post("/v1/check-in")
     def ask_for_work(device: Device, body: Json, later: BackgroundTasks) -> Response:

@@ -1,5 +1,6 @@
 """Devices: enrolment, and what the coordinator remembers of the last time a device asked for work."""
 
+import hmac
 from uuid import uuid4
 
 from sqlalchemy import select
@@ -13,21 +14,27 @@ from lamina.errors import ConfigError, NotEnrolledError
 from lamina.wire import CheckIn, Enrolled, Enrolment
 
 
-def enrol(house: House, enrolment: Enrolment, is_trusted: bool) -> Enrolled:
-    """A new device with its own token. Raises ConfigError if the name is taken."""
-    enrolled = Enrolled(device_id=f"dev-{uuid4().hex[:16]}", device_token=new_token())
+def enrol(house: House, enrolment: Enrolment, is_trusted: bool) -> tuple[Enrolled, bool]:
+    """The device, and whether it is a new one: the same name with the same token is the same device, however often it asks.
+
+    Raises ConfigError if the name is taken, or if the token is that of another device.
+    """
+    token = "" if enrolment.token_sha256 else new_token()
+    token_sha256 = enrolment.token_sha256 or hash_token(token)
     with house.database.write() as session:
-        if session.scalar(select(DeviceRow.id).where(DeviceRow.name == enrolment.name)) is not None:
-            raise ConfigError(f"another device is called {enrolment.name!r}; choose another name and join again")
-        session.add(
-            DeviceRow(
-                id=enrolled.device_id,
-                name=enrolment.name,
-                token_sha256=hash_token(enrolled.device_token),
-                is_trusted=is_trusted,
+        device = session.scalar(select(DeviceRow).where(DeviceRow.name == enrolment.name))
+        if device is not None and hmac.compare_digest(device.token_sha256, token_sha256):
+            return Enrolled(device_id=device.id), False
+        if device is not None:
+            raise ConfigError(
+                f"another device is called {enrolment.name!r}: choose another name, or, if this one has lost its state "
+                f"folder, have the operator run `lamina device remove {enrolment.name}`, and join again"
             )
-        )
-    return enrolled
+        if session.scalar(select(DeviceRow.id).where(DeviceRow.token_sha256 == token_sha256)) is not None:
+            raise ConfigError("another device has this token; delete identity.json in the device's state folder and join again")
+        device = DeviceRow(id=f"dev-{uuid4().hex[:16]}", name=enrolment.name, token_sha256=token_sha256, is_trusted=is_trusted)
+        session.add(device)
+        return Enrolled(device_id=device.id, device_token=token), True
 
 
 def get_device(session: Session, device_id: str) -> DeviceRow:

@@ -68,15 +68,27 @@ class Signature(Record):
     key_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
 
 
-class Enrolment(Record):
-    """A device introduces itself. `name` is unique within the coordinator; a second device of that name is refused."""
+class Enrolment(GrowingRecord):
+    """A device introduces itself. `name` is unique within the coordinator; a second device of that name is refused.
+
+    `token_sha256`: the device has made its token itself (`secrets.token_urlsafe(32)`) and stored it, and says the sha256 of its
+    ASCII bytes. The same name with the same hash is answered as before, so a lost answer costs nothing. Empty: the coordinator
+    makes the token, and the enrolment cannot be repeated.
+    """
+
+    LATER: ClassVar[tuple[str, ...]] = ("token_sha256",)
 
     name: DeviceName
+    token_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
 
 
-class Enrolled(Record):
+class Enrolled(GrowingRecord):
+    """`device_token` is empty for a device that made its token itself."""
+
+    LATER: ClassVar[tuple[str, ...]] = ("device_token",)
+
     device_id: str
-    device_token: str
+    device_token: str = ""
 
 
 class CheckIn(GrowingRecord):

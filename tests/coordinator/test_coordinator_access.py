@@ -3,6 +3,7 @@
 import logging
 import sqlite3
 import stat
+from hashlib import sha256
 
 import pytest
 from coordinator_harness import InProcess, as_json, make_bundle, problem_of
@@ -175,3 +176,41 @@ def test_a_newer_database_is_left_alone(coordinator: InProcess, make_coordinator
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.close()
     other.start()
+
+
+def enrolment(name: str = "phone", secret: str = "s" * 43) -> dict[str, str]:
+    return {"name": name, "token_sha256": sha256(secret.encode()).hexdigest()}
+
+
+def test_an_enrolment_whose_answer_was_lost_is_answered_again(coordinator: InProcess) -> None:
+    first = coordinator.http.post("/v1/devices", json=enrolment(), headers=coordinator.enroller)
+    coordinator.restart()
+    again = coordinator.http.post("/v1/devices", json=enrolment(), headers=coordinator.enroller)
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert as_json(first) == as_json(again)
+    assert as_json(first).keys() == {"device_id"}  # the device has its token already
+    body = {"engine": "torch", "modalities": ["motion"], "train_examples": 1, "test_examples": 0}
+    asked = coordinator.http.post("/v1/check-in", json=body, headers={"Authorization": f"Bearer {'s' * 43}"})
+    assert as_json(asked)["reason"] == "no_run"
+
+
+@pytest.mark.parametrize("other", [enrolment(secret="t" * 43), {"name": "phone"}])
+def test_a_taken_name_is_refused_to_whoever_has_another_token(coordinator: InProcess, other: dict[str, str]) -> None:
+    coordinator.http.post("/v1/devices", json=enrolment(), headers=coordinator.enroller).raise_for_status()
+    refused = coordinator.http.post("/v1/devices", json=other, headers=coordinator.enroller)
+    assert "`lamina device remove phone`" in problem_of(refused, 422, "config")
+
+
+def test_a_token_is_that_of_one_device(coordinator: InProcess) -> None:
+    coordinator.http.post("/v1/devices", json=enrolment(), headers=coordinator.enroller).raise_for_status()
+    refused = coordinator.http.post("/v1/devices", json=enrolment("other"), headers=coordinator.enroller)
+    assert "another device has this token" in problem_of(refused, 422, "config")
+
+
+@pytest.mark.parametrize("digest", ["", "A" * 64, "a" * 63, "a" * 65, "a" * 64 + "\n", None, 5])
+def test_a_hash_of_a_token_is_64_hex_digits_or_absent(coordinator: InProcess, digest: object) -> None:
+    answer = coordinator.http.post("/v1/devices", json={"name": "x", "token_sha256": digest}, headers=coordinator.enroller)
+    if digest == "":
+        assert answer.status_code == 201
+    else:
+        assert "token_sha256" in problem_of(answer, 422, "config")
