@@ -1,8 +1,8 @@
 """A whole run in one process: what devices and coordinator do, without HTTP, other processes and waiting.
 
 The code that decides the result is that of the real parts: the exporter, `edge_client.prepare` and `edge_client.trainer` with
-its feature cache, and of the coordinator the draw of a cohort, the terms, the weighted mean and the end of a stage. So the
-same plan and data give the same final weights, to the bit, as `benchmarks.federated.federated_run`
+its feature cache, and of the coordinator the draw of a cohort, the terms, the bounds, the weighted mean and the end of a stage.
+So the same plan and data give the same final weights, to the bit, as `benchmarks.federated.federated_run`
 (tests/benchmarks/test_simulation.py). Programs are loaded once for all devices, so a round of a hundred devices costs its
 arithmetic and little else.
 
@@ -22,6 +22,7 @@ from benchmarks.simulated_device import Device, SharedEngine
 from benchmarks.simulated_weights import SimulatedWeights
 from coordinator.aggregate import Contribution, weighted_mean
 from coordinator.assignments import needed_segments
+from coordinator.bounds import Size, count_within_bounds
 from coordinator.cohort import draw_cohort
 from coordinator.losses import mean_by_examples
 from coordinator.modalities import is_measured_alike
@@ -309,7 +310,8 @@ class Simulation:
         return _Update(
             result=result,
             modalities=device.modalities,
-            contribution=Contribution(content, 1 if is_calibration else result.num_examples, path, specs),
+            contribution=Contribution(content.sha256, 1 if is_calibration else result.num_examples, path, specs),
+            size=Size(result.num_examples, content.norm, specs),
             frozen=tuple(step.segment.name for plan in job.features for step in plan.steps),
             bytes_up=_bytes_up(path, job),
         )
@@ -318,7 +320,11 @@ class Simulation:
         """As `coordinator.aggregation`: a segment that nobody trained keeps its blob."""
         manifest = self._manifest
         trained = {name for each in updates for name in manifest.exchange(stage.index, each.modalities)}
-        contributions = [each.contribution for each in updates]
+        counted = count_within_bounds(manifest.plan.cohort, [each.size for each in updates])
+        contributions = [
+            replace(each.contribution, num_examples=bounded.num_examples, scale=bounded.scale)
+            for each, bounded in zip(updates, counted, strict=True)
+        ]
         specs = manifest.exchange_specs(stage.index)
         new = weighted_mean(self._newest.vector(stage.active), contributions, specs, manifest.plan.server_learning_rate)
         self._newest.replace([name for name in stage.active if name in trained], new)
@@ -349,6 +355,7 @@ class _Update:
     result: Trained
     modalities: tuple[str, ...]
     contribution: Contribution
+    size: Size
     frozen: tuple[str, ...]
     bytes_up: int
 

@@ -1,7 +1,8 @@
 """The weighted mean of a round (FedAvg): w_new = float32(float64(w_start) + rate * sum_k n_k * d_k / sum_k n_k).
 
 The sums of a tensor run over the updates that have it: a device with some of the modalities sends only their tensors. One
-that no update has stays as it is, bit for bit. `rate` is the plan's `server_learning_rate`; 1 is plain FedAvg.
+that no update has stays as it is, bit for bit. `rate` is the plan's `server_learning_rate`; 1 is plain FedAvg. The bounds of
+the plan decide what n_k is, and whether d_k is scaled down first (`coordinator.bounds`).
 
 Deterministic: the sum is taken in float64 in an order that only the updates' values and example counts decide, so the
 same set of updates gives the same bytes whatever the order of arrival, the encoding or the number of restarts. One
@@ -24,12 +25,14 @@ class Contribution:
     """An update as the mean sees it. The order of the compared fields is the order of summation.
 
     `specs` are the tensors that it has; None: all of the round. Their names are part of the content, so they decide no order.
+    Its difference counts times `scale`, which follows from the content and the other updates.
     """
 
     content_sha256: str
     num_examples: int
     path: Path
     specs: Sequence[TensorSpec] | None = field(default=None, compare=False)
+    scale: float = field(default=1.0, compare=False)
 
 
 def weighted_mean(
@@ -43,7 +46,7 @@ def weighted_mean(
     examples = dict.fromkeys(sums, 0)
     for contribution in sorted(contributions):
         for name, difference in decode_one_by_one(str(contribution.path), contribution.specs or specs):
-            sums[name] += difference.astype(np.float64) * contribution.num_examples
+            sums[name] += difference.astype(np.float64) * (contribution.scale * contribution.num_examples)
             examples[name] += contribution.num_examples
     return {
         name: (start[name].astype(np.float64) + rate * (total / examples[name])).astype(np.float32)

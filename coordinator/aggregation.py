@@ -10,6 +10,7 @@ import threading
 from sqlalchemy import select
 
 from coordinator.aggregate import Contribution, weighted_mean
+from coordinator.bounds import Size, count_within_bounds
 from coordinator.calibration import apply_calibration, due_calibrations
 from coordinator.evaluating import begin_evaluation
 from coordinator.house import House
@@ -76,14 +77,16 @@ def aggregate_round(house: House, round_id: int) -> None:
         updates = session.scalars(select(UpdateRow).where(UpdateRow.round_id == round_id)).all()
         sets = {update.modalities: from_text(update.modalities) for update in updates}
         specs = {text: manifest.exchange_specs(stage, modalities) for text, modalities in sets.items()}
+        sizes = [Size(update.num_examples, update.norm, specs[update.modalities]) for update in updates]
         contributions = [
             Contribution(
                 update.content_sha256,
-                update.num_examples,
+                counted.num_examples,
                 house.update_file(round_id, update.device_id),
                 specs[update.modalities],
+                counted.scale,
             )
-            for update in updates
+            for update, counted in zip(updates, count_within_bounds(manifest.plan.cohort, sizes), strict=True)
         ]
     trained = {name for modalities in sets.values() for name in manifest.exchange(stage, modalities)}
     new = weighted_mean(start, contributions, manifest.exchange_specs(stage), manifest.plan.server_learning_rate)

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from math import fsum, isfinite, nan
 
-MAX_EXAMPLES = 2**53
-"""No device has more examples in a message: sums of so many are exact integers and fit the database."""
+MAX_EXAMPLES = 2**24
+"""No device has more examples in a message: 16.8 million, beyond what a small machine trains on in a round. Sums of so many are
+exact integers and fit the database. What one device may count for in a plan is `cohort.max_examples`."""
 
 
 def mean_by_examples(losses: Iterable[tuple[float, int]]) -> float:

@@ -5,20 +5,26 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from coordinator.bounds import Size, count_within_bounds
 from coordinator.house import House
 from coordinator.modalities import from_text, is_measured_alike
 from coordinator.rounds import is_calibrated
 from coordinator.stages import early_end
-from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow
+from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from coordinator.terms import Terms, shortfall
+from lamina.manifest import Manifest
 from lamina.plan import Plan
 from lamina.wire import Evaluation
 
+_MOST_NOTES = 20
+
 
 def notes_of(house: House, session: Session, run: RunRow, row: RoundRow) -> tuple[str, ...]:
-    """Larger transfers than the plan allows, accuracy by modalities, a missing calibration, a stage that ended early."""
-    plan = house.manifest(run.manifest).plan
-    notes = [*_transfers(session, plan, row), *_accuracies(session, plan, row)]
+    """Larger transfers than the plan allows, updates that count in part, accuracy by modalities, a missing calibration, a stage
+    that ended early."""
+    manifest = house.manifest(run.manifest)
+    plan = manifest.plan
+    notes = [*_transfers(session, plan, row), *_bounded(session, manifest, row), *_accuracies(session, plan, row)]
     if plan.calibration and row.phase in ("evaluating", "closed") and not is_calibrated(session, row):
         notes.append(f"not calibrated: no calibrator sent an update within {plan.cohort.deadline_seconds:g} s")
     if ended := _end_of_stage(session, plan, run, row):
@@ -44,6 +50,37 @@ def _transfers(session: Session, plan: Plan, row: RoundRow) -> list[str]:
         for name, place in found
     )
     return [f"{name} takes {note}" for name, note in larger if note]
+
+
+def _bounded(session: Session, manifest: Manifest, row: RoundRow) -> list[str]:
+    """The updates of which the plan's bounds let only a part count; how long they are next to others shows once all are in."""
+    cohort = manifest.plan.cohort
+    if cohort.max_examples is None and cohort.max_norm is None:
+        return []
+    rows = session.execute(
+        select(DeviceRow.name, UpdateRow)
+        .join(DeviceRow, DeviceRow.id == UpdateRow.device_id)
+        .where(UpdateRow.round_id == row.id)
+        .order_by(DeviceRow.name)
+    ).all()
+    specs = {update.modalities: manifest.exchange_specs(row.stage, from_text(update.modalities)) for _, update in rows}
+    sizes = [Size(update.num_examples, update.norm, specs[update.modalities]) for _, update in rows]
+    notes = []
+    for (name, update), size, counted in zip(rows, sizes, count_within_bounds(cohort, sizes), strict=True):
+        if counted.num_examples < size.num_examples:
+            told = f"{counted.num_examples} of the {size.num_examples} examples that it tells of"
+            notes.append(f"{name} counts with {told} (cohort.max_examples)")
+        if counted.scale < 1 and row.phase != "training":
+            length = f"its update of norm {update.norm or 0:.4g} is {counted.ratio:.4g} times the median of the round"
+            notes.append(f"{name} is clipped: {length}, at most {cohort.max_norm:g} count (cohort.max_norm)")
+    if cohort.max_norm is not None and len(sizes) == 1 and row.phase != "training":
+        notes.append(
+            f"cohort.max_norm: {rows[0][0]} sent the only update, which has no other to compare with and counts as it is"
+        )
+    return [
+        *notes[:_MOST_NOTES],
+        *([f"and {len(notes) - _MOST_NOTES} more updates are bounded"] if notes[_MOST_NOTES:] else []),
+    ]
 
 
 def _accuracies(session: Session, plan: Plan, row: RoundRow) -> list[str]:

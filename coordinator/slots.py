@@ -13,9 +13,9 @@ from lamina.manifest import Manifest
 from lamina.record import Record
 from lamina.segments import TensorSpec
 
-MAX_DIFFERENCE = 1e30
-"""No difference may be larger, nor one times the server's learning rate: sums of legal ones then stay finite in float32 for as
-many rounds as anyone can run."""
+MAX_DIFFERENCE = 1e4
+"""No value of a difference may be larger, nor one times the server's learning rate. Weights are of the order of 1, so a
+training that moves one so far within a round has diverged: no honest device comes near."""
 
 
 class Address(Record):

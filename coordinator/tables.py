@@ -25,7 +25,7 @@ from lamina.manifest import EngineName
 from lamina.tensors import Encoding
 from lamina.wire import DeviceRole
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 UPGRADES: dict[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE places ADD COLUMN download_encoding TEXT NOT NULL DEFAULT 'fp32'",
@@ -45,6 +45,7 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE evaluations ADD COLUMN modalities TEXT NOT NULL DEFAULT ''",
     ),
     3: (),
+    4: ("ALTER TABLE updates ADD COLUMN norm REAL",),
 }
 """What turns the tables of a version into those of the next; new tables are made by themselves."""
 
@@ -189,6 +190,7 @@ class UpdateRow(Base):
     device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
     body_sha256: Mapped[str]
     content_sha256: Mapped[str]
+    norm: Mapped[float | None]
     num_examples: Mapped[int]
     report: Mapped[str] = mapped_column(Text)
     engine: Mapped[EngineName] = mapped_column(Text)

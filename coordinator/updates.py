@@ -8,6 +8,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from math import fsum, sqrt
+from typing import NamedTuple
 
 import numpy as np
 from sqlalchemy.orm import Session
@@ -85,7 +87,8 @@ def accept_update(
                 place = slot.place
                 if isinstance(place, CalibrationRow):
                     body.keep_as(house.calibration_file(place.round_id))
-                    place.body_sha256, place.content_sha256, place.report = digest, content, report.model_dump_json()
+                    place.body_sha256, place.content_sha256 = digest, content.sha256
+                    place.report = report.model_dump_json()
                 else:
                     body.keep_as(house.update_file(place.round_id, place.device_id))
                     session.add(_update_row(session, place, digest, content, report, encoding, compression))
@@ -95,19 +98,25 @@ def accept_update(
     return _accepted(address, digest)
 
 
-def check_content(path: str, specs: list[TensorSpec], max_difference: float = MAX_DIFFERENCE) -> str:
-    """sha256 over the decoded values, the same for every encoding of them; one tensor is resident at a time.
+class Content(NamedTuple):
+    """The decoded values of an update: a sha256 over them, the same for every encoding of them, and their L2 norm."""
 
-    Raises TensorFileError.
-    """
+    sha256: str
+    norm: float
+
+
+def check_content(path: str, specs: list[TensorSpec], max_difference: float = MAX_DIFFERENCE) -> Content:
+    """Reads an update with one tensor resident at a time. Raises TensorFileError."""
     content = sha256()
+    squares = []
     for name, value in decode_one_by_one(path, specs):
         largest = float(np.abs(value).max(initial=0.0))
         if largest > max_difference:
             raise TensorFileError(f"tensor {name!r} holds {largest:g}, above {max_difference:g}: the training diverged")
         content.update(name.encode() + b"\0")
         content.update(value.tobytes())
-    return content.hexdigest()
+        squares.append(float(np.square(value, dtype=np.float64).sum()))
+    return Content(content.hexdigest(), sqrt(fsum(squares)))
 
 
 @contextmanager
@@ -126,7 +135,7 @@ def _update_row(
     session: Session,
     place: PlaceRow,
     digest: str,
-    content: str,
+    content: Content,
     report: TrainReport,
     encoding: Encoding,
     compression: Compression,
@@ -136,7 +145,8 @@ def _update_row(
         round_id=place.round_id,
         device_id=device.id,
         body_sha256=digest,
-        content_sha256=content,
+        content_sha256=content.sha256,
+        norm=content.norm,
         num_examples=report.num_examples,
         report=report.model_dump_json(),
         engine=device.engine,

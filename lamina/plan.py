@@ -166,8 +166,8 @@ class Training(Record):
         return self.micro_batch or self.batch_size
 
 
-class Cohort(Record):
-    """Who takes part in a round.
+class Cohort(GrowingRecord):
+    """Who takes part in a round, and how much of it one device may be.
 
     A round starts when `size` devices have checked in and closes when all of them have sent an update, or at
     `deadline_seconds` after its start with at least `min_updates`. A device that stays silent for `lease_seconds`
@@ -176,7 +176,12 @@ class Cohort(Record):
     With `pool`, a round starts when so many devices are there, and its cohort is drawn from them: uniformly, without
     replacement, by the plan's seed, stage and round. Devices evaluate the new weights after every `evaluate_every`-th round of
     a stage and after its last one; 0: never.
+
+    An update counts with at most `max_examples` examples. One whose difference is longer than `max_norm` times the median of
+    the round is shortened to that (`coordinator.bounds`). None: no such bound.
     """
+
+    LATER: ClassVar[tuple[str, ...]] = ("max_examples", "max_norm")
 
     size: Annotated[int, Field(ge=1)] = 4
     pool: Annotated[int, Field(ge=1)] | None = None
@@ -184,6 +189,8 @@ class Cohort(Record):
     min_updates: Annotated[int, Field(ge=1)] = 1
     deadline_seconds: PositiveFloat = 3600.0
     lease_seconds: PositiveFloat = 600.0
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    max_norm: Annotated[float, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _min_fits(self) -> "Cohort":

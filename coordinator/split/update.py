@@ -9,6 +9,9 @@ from lamina.split_manifest import SplitManifest
 from lamina.split_wire import SplitReport
 from lamina.tensors import Float32
 
+MAX_LOSS = 1e30
+"""A mean of losses of so much is still finite."""
+
 
 @dataclass(frozen=True)
 class Update:
@@ -30,8 +33,8 @@ def read_update(
         raise UpdateRejectedError(f"the report has losses of {sorted(report.loss)}, not of {list(trained)}")
     if (report.fused_loss is None) != bool(modalities):
         raise UpdateRejectedError("a report has a fused loss if and only if its user has all modalities")
-    if max(abs(value) for value in (report.fused_loss or 0.0, *report.loss.values())) > MAX_DIFFERENCE:
-        raise UpdateRejectedError(f"the report has a loss above {MAX_DIFFERENCE:g}: the training diverged")
+    if max(abs(value) for value in (report.fused_loss or 0.0, *report.loss.values())) > MAX_LOSS:
+        raise UpdateRejectedError(f"the report has a loss above {MAX_LOSS:g}: the training diverged")
     found = unpack(body, manifest.specs(plan.sent(fused, modalities)), plan.traffic.updates, plan.traffic.compression)
     for name, value in found.items():
         if value.size and float(abs(value).max()) > MAX_DIFFERENCE:

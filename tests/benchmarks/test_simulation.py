@@ -104,7 +104,8 @@ def half(bundle: Bundle, files: list[Path], tmp_path_factory: pytest.TempPathFac
 
 
 def _drawn() -> Plan:
-    """Two of three devices in a round; four layers, of which a device gets at most three, so the last stage drops one."""
+    """Two of three devices in a round, with bounds that let neither count for more than another; four layers, of which a
+    device gets three at most, so the last stage drops one."""
     model = MODEL.only("audio")
     model = model.model_copy(update={"encoders": (model.encoder("audio").model_copy(update={"layers": 4}),)})
     training = Training(
@@ -122,7 +123,7 @@ def _drawn() -> Plan:
         strategy="layerwise",
         stages=make_stages(model, "layerwise", rounds=(1, 0, 1, 3), learning_rate=0.03),
         training=training,
-        cohort=Cohort(size=2, pool=3, min_updates=2, evaluate_every=2, lease_seconds=60),
+        cohort=Cohort(size=2, pool=3, min_updates=2, evaluate_every=2, lease_seconds=60, max_examples=32, max_norm=1.0),
         server_learning_rate=0.7,
     )
 
@@ -189,6 +190,10 @@ def test_real_processes_give_the_same_final_weights_losses_and_accuracies(
     simulated = run((manifest, folder / "bundle"), data, tmp_path / "simulated", share=share)
 
     assert simulated.blobs == real.weights
+    if plan.cohort.max_norm is not None:  # both bounds were at work
+        assert all(
+            "cohort.max_norm" in " ".join(row.notes) and "cohort.max_examples" in " ".join(row.notes) for row in real.rounds
+        )
     assert len(simulated.rounds) == len(real.rounds)
     for mine, theirs in zip(simulated.rounds, real.rounds, strict=True):
         reports = {update.device: update.report for update in theirs.updates}

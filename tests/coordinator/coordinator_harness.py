@@ -496,7 +496,7 @@ def downgrade(state: Path, version: int) -> None:
     tables = {1: ["variants"], 2: ["calibrations", "teachers"], 3: ["superseded"]}
     with sqlite3.connect(state / "coordinator.sqlite") as connection:
         for later in range(version, SCHEMA_VERSION):
-            for table in tables[later]:
+            for table in tables.get(later, []):
                 connection.execute(f"DROP TABLE {table}")
             for statement in UPGRADES[later]:
                 _, _, table, _, _, column, *_ = statement.split()

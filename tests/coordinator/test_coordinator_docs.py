@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from coordinator_harness import InProcess
 
+from coordinator.losses import MAX_EXAMPLES
 from coordinator.problems import STATUS_OF_CODE, TITLES
 from coordinator.updates import MAX_DIFFERENCE
 from lamina import wire
@@ -94,7 +95,8 @@ def test_the_links_within_the_protocol_lead_somewhere() -> None:
 
 def test_the_numbers_and_headers_are_those_of_the_code() -> None:
     assert MAX_JSON_BYTES == 16 << 20 and "16 MiB" in PROTOCOL
-    assert MAX_DIFFERENCE == 1e30 and "1e30" in PROTOCOL and "1e30" in ERRORS
+    assert MAX_DIFFERENCE == 1e4 and "beyond 1e4" in PROTOCOL and "beyond 1e4" in ERRORS
+    assert MAX_EXAMPLES == 2**24 and "1 to 2^24" in PROTOCOL
     assert f"`{DIGEST_HEADER}: sha-256=" in PROTOCOL and f"`{REPORT_HEADER}`" in PROTOCOL
     assert f"`{SIGNATURE_HEADER}`" in PROTOCOL and b"lamina bundle v1\0" + bytes(32) == signed_message("00" * 32)
 

@@ -370,7 +370,7 @@ def test_a_hostile_int8_update_is_refused_by_name(able: Device) -> None:
     huge = {name: value * np.float32(1e34) for name, value in able.difference(work).items()}
     report = REPORT.model_copy(update={"upload_encoding": "int8"})
     refused = problem_of(able.send(work, encode(huge, "int8"), report=report), 422, "tensor-file")
-    assert "above 1e+30" in refused
+    assert "above 10000" in refused
     assert nothing_was_kept(able)
 
 

@@ -78,7 +78,7 @@ def _altered(device: Device, assignment: Assignment, name: str, value: object) -
         ("head/weight", np.zeros((8, 3), np.float16), "'head/weight' has dtype F16"),
         ("head/weight", np.full((8, 3), np.nan, np.float32), "'head/weight' holds NaN or infinity"),
         ("head/weight", np.full((8, 3), np.inf, np.float32), "'head/weight' holds NaN or infinity"),
-        ("head/weight", np.full((8, 3), -3e38, np.float32), "'head/weight' holds 3e+38, above 1e+30"),
+        ("head/weight", np.full((8, 3), -3e38, np.float32), "'head/weight' holds 3e+38, above 10000"),
         ("head/weight", None, "1 tensors are missing, the first is 'head/weight'"),
         ("head/extra", np.zeros(3, np.float32), "1 tensors were not expected, the first is 'head/extra'"),
     ],
