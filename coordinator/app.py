@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
-from fastapi import BackgroundTasks, Depends, FastAPI, Header, Request, Response
+from fastapi import BackgroundTasks, Depends, FastAPI, Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from coordinator import bodies, check_in, devices, downloads, evaluations, publish, rounds, signatures, status, updates
@@ -17,12 +17,14 @@ from coordinator.settings import Settings
 from coordinator.slots import Address
 from coordinator.split.routes import split_routes
 from coordinator.split.runtime import Runtime
+from lamina.bounds import MAX_COUNT
 from lamina.errors import ProtocolError
 from lamina.record import Record
 from lamina.tensors import max_file_bytes
 from lamina.wire import REPORT_HEADER, SIGNATURE_HEADER, Accepted, CheckIn, Enrolment, Evaluation, TrainReport
 
 Authorization = Annotated[str | None, Header()]
+Index = Annotated[int, Path(ge=0, le=MAX_COUNT)]
 
 
 def create_app(settings: Settings, clock: Clock = time.time, split: Runtime | None = None) -> FastAPI:
@@ -114,7 +116,7 @@ def create_app(settings: Settings, clock: Clock = time.time, split: Runtime | No
 
     @app.put("/v1/runs/{run}/stages/{stage}/rounds/{number}/update")
     async def put_update(
-        device: Device, run: str, stage: int, number: int, request: Request, later: BackgroundTasks
+        device: Device, run: str, stage: Index, number: Index, request: Request, later: BackgroundTasks
     ) -> Response:
         later.add_task(aggregator.run_due)
         address = Address(device_id=device, run=run, stage=stage, round=number)
@@ -133,7 +135,7 @@ def create_app(settings: Settings, clock: Clock = time.time, split: Runtime | No
         return _json(accepted)
 
     @app.put("/v1/runs/{run}/stages/{stage}/rounds/{number}/evaluation")
-    def put_evaluation(device: Device, run: str, stage: int, number: int, body: Json) -> Response:
+    def put_evaluation(device: Device, run: str, stage: Index, number: Index, body: Json) -> Response:
         address = Address(device_id=device, run=run, stage=stage, round=number)
         evaluation = Evaluation.from_json(body, "the evaluation")
         return _json(evaluations.accept_evaluation(house, address, evaluation))

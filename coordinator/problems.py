@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect
 
 from lamina.errors import ConfigError, LaminaError, ProtocolError, UnknownNameError
 from lamina.files import raise_if_full
+from lamina.printable import printable
 from lamina.wire import Problem
 
 log = logging.getLogger("lamina.coordinator")
@@ -78,12 +79,12 @@ def _of_lamina(_request: Request, error: Exception) -> Response:
 def _of_validation(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()[:3])
-    return problem(ConfigError(f"the address is not valid: {faults}"))
+    return problem(ConfigError(f"the address is not valid: {printable(faults, 500)}"))
 
 
 def _of_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}"
+    what = _what(request)
     if error.status_code == 404:
         return problem(UnknownNameError(f"there is no {what} here; docs/protocol.md lists the addresses"))
     return problem(ProtocolError(f"{what}: {error.detail}"), error.status_code, dict(error.headers or {}))
@@ -103,5 +104,10 @@ def _of_os(request: Request, error: Exception) -> Response:
 
 
 def _of_bug(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    log.error("%s failed", _what(request), exc_info=error)
     return problem(LaminaError(f"{type(error).__name__} in the coordinator; its log has the details. Please report it"))
+
+
+def _what(request: Request) -> str:
+    """Method and path, from the scope: `request.url` reads the Host header, which may be anything."""
+    return printable(f"{request.method} {request.scope['path']}")

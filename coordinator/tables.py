@@ -20,12 +20,21 @@ from typing import Literal
 from sqlalchemy import ForeignKey, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from lamina.bounds import MAX_COUNT, MAX_LOSS, MAX_SECONDS
 from lamina.compression import Compression
 from lamina.manifest import EngineName
 from lamina.tensors import Encoding
 from lamina.wire import DeviceRole
 
 SCHEMA_VERSION = 5
+
+
+def _bound(table: str, column: str, field: str, bound: float) -> str:
+    """Messages that were accepted when numbers had no bounds: what reads them now would refuse them whole."""
+    value = f"json_extract({column}, '$.{field}')"
+    return f"UPDATE {table} SET {column} = json_set({column}, '$.{field}', {bound!r}) WHERE abs({value}) > {bound!r}"
+
+
 UPGRADES: dict[int, tuple[str, ...]] = {
     1: (
         "ALTER TABLE places ADD COLUMN download_encoding TEXT NOT NULL DEFAULT 'fp32'",
@@ -45,7 +54,16 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE evaluations ADD COLUMN modalities TEXT NOT NULL DEFAULT ''",
     ),
     3: (),
-    4: ("ALTER TABLE updates ADD COLUMN norm REAL",),
+    4: (
+        "ALTER TABLE updates ADD COLUMN norm REAL",
+        *(
+            _bound("updates", "report", field, MAX_COUNT)
+            for field in ("peak_bytes", "bytes_down", "bytes_up", "failed_attempts")
+        ),
+        _bound("updates", "report", "train_seconds", MAX_SECONDS),
+        _bound("updates", "report", "loss", MAX_LOSS),
+        _bound("evaluations", "evaluation", "loss", MAX_LOSS),
+    ),
 }
 """What turns the tables of a version into those of the next; new tables are made by themselves."""
 

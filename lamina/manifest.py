@@ -27,6 +27,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from lamina.bounds import MAX_ITEMS, MAX_SEGMENTS, MAX_STAGES, Count, Difference, Note, PositiveCount, SegmentName, Shape, Text
 from lamina.model import Name
 from lamina.names import ENGINES, LABEL, EngineName, Precision, Reference, Role, gradient_input, second_view
 from lamina.plan import Plan
@@ -54,7 +55,6 @@ __all__ = [
 ]
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
 
 
 class ProgramReference(Record):
@@ -62,7 +62,7 @@ class ProgramReference(Record):
     (`lamina.names.Reference`). They are constants: the program gives no gradient for them."""
 
     kind: Reference
-    tensors: Annotated[tuple[Count, ...], Field(min_length=1)]
+    tensors: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 class Program(Record):
@@ -76,11 +76,11 @@ class Program(Record):
     engine: EngineName
     role: Role
     blob: Sha256
-    weights: tuple[tuple[int, ...], ...]
-    inputs: tuple[TensorSpec, ...]
-    max_batch: Annotated[int, Field(ge=1)]
+    weights: Annotated[tuple[Shape, ...], Field(max_length=MAX_ITEMS)]
+    inputs: Annotated[tuple[TensorSpec, ...], Field(max_length=1000)]
+    max_batch: PositiveCount
     precision: Precision = "fp32"
-    references: tuple[ProgramReference, ...] = ()
+    references: Annotated[tuple[ProgramReference, ...], Field(max_length=16)] = ()
     activation_bytes: Count
     """Peak bytes of intermediate values at `max_batch`: the planned arena (ExecuTorch), else the peak of live tensors
     of the graph in its written order."""
@@ -114,7 +114,7 @@ class PartialStage(Record):
     """The programs of a stage for devices that have these modalities only: the segments of the others are neither trained nor
     exchanged. To a supervised objective they count as zeros after their projection; a contrastive one compares two views."""
 
-    modalities: Annotated[tuple[Name, ...], Field(min_length=1)]
+    modalities: Annotated[tuple[Name, ...], Field(min_length=1, max_length=64)]
     train: dict[EngineName, Sha256]
     eval: dict[EngineName, Sha256]
     planned_bytes: dict[EngineName, Count]
@@ -129,7 +129,7 @@ class StagePrograms(Record):
     index: Count
     train: dict[EngineName, Sha256]
     eval: dict[EngineName, Sha256]
-    partial: tuple[PartialStage, ...] = ()
+    partial: Annotated[tuple[PartialStage, ...], Field(max_length=1000)] = ()
     calibrate: dict[EngineName, Sha256] = Field(default_factory=dict)
     cost: StageCost
 
@@ -137,11 +137,11 @@ class StagePrograms(Record):
 class Rewrite(Record):
     """A change that made the model exportable: what, how often, and the largest measured difference to the original."""
 
-    where: str
-    kind: str
-    count: Annotated[int, Field(ge=1)]
-    largest_difference: Annotated[float, Field(ge=0)]
-    note: str = ""
+    where: Note
+    kind: Note
+    count: PositiveCount
+    largest_difference: Difference
+    note: Text = ""
 
 
 class Manifest(GrowingRecord):
@@ -151,27 +151,29 @@ class Manifest(GrowingRecord):
 
     format: Literal[1] = 1
     plan: Plan
-    segments: tuple[Segment, ...]
-    initial_weights: dict[str, Sha256]
-    programs: dict[Sha256, Program]
-    frozen_programs: dict[EngineName, dict[str, Sha256]]
+    segments: Annotated[tuple[Segment, ...], Field(max_length=MAX_SEGMENTS)]
+    initial_weights: Annotated[dict[SegmentName, Sha256], Field(max_length=MAX_SEGMENTS)]
+    programs: Annotated[dict[Sha256, Program], Field(max_length=MAX_ITEMS)]
+    frozen_programs: dict[EngineName, Annotated[dict[SegmentName, Sha256], Field(max_length=MAX_SEGMENTS)]]
     loss_programs: dict[EngineName, Sha256] = Field(default_factory=dict)
     """Only for micro-batches where samples are compared: the loss of a whole batch of embeddings, the same in every stage."""
     view_loss_programs: dict[EngineName, Sha256] = Field(default_factory=dict)
     """The same for devices with one modality: the loss of the embeddings of two views."""
-    prefix_errors: dict[EngineName, dict[str, float]] = Field(default_factory=dict)
+    prefix_errors: dict[EngineName, Annotated[dict[SegmentName, Difference], Field(max_length=MAX_SEGMENTS)]] = Field(
+        default_factory=dict
+    )
     """With an int8 prefix: |int8 - fp32| / |fp32| (Euclidean norms) of the features after each frozen segment, measured with
     the initial weights of the bundle."""
-    prefix_errors_on: str = ""
+    prefix_errors_on: Note = ""
     """What those errors were measured on: the sha256 of a data file, or random inputs."""
-    segment_macs: dict[str, Count] = Field(default_factory=dict)
+    segment_macs: Annotated[dict[SegmentName, Count], Field(max_length=MAX_SEGMENTS)] = Field(default_factory=dict)
     """Multiply-accumulates of one forward pass of each segment for one sample."""
-    rewrites: tuple[Rewrite, ...] = ()
-    notes: tuple[str, ...] = ()
+    rewrites: Annotated[tuple[Rewrite, ...], Field(max_length=MAX_ITEMS)] = ()
+    notes: Annotated[tuple[Text, ...], Field(max_length=MAX_ITEMS)] = ()
     """What the adapters changed or left out of the user's model, one sentence each."""
-    stages: tuple[StagePrograms, ...]
-    blobs: dict[Sha256, Count]
-    versions: dict[str, str]
+    stages: Annotated[tuple[StagePrograms, ...], Field(max_length=MAX_STAGES)]
+    blobs: Annotated[dict[Sha256, Count], Field(max_length=MAX_ITEMS)]
+    versions: Annotated[dict[Note, Note], Field(max_length=1000)]
 
     @model_validator(mode="after")
     def _is_whole(self) -> "Manifest":

@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from lamina.bounds import MAX_FACTOR, MAX_LAYERS
 from lamina.record import Record
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Layers = Annotated[int, Field(gt=0, le=MAX_LAYERS)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 FACTORY = r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z_][A-Za-z0-9_]*$"
 """`package.module:function`"""
@@ -114,7 +116,7 @@ class Values(Record):
     """Any float32 array of a fixed shape, such as a waveform or a spectrogram, for an encoder that is a module."""
 
     kind: Literal["values"] = "values"
-    shape: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    shape: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=16)]
 
 
 FamilyInput = Annotated[ImagePatches | AudioFrames | SensorWindows | TextTokens, Field(discriminator="kind")]
@@ -128,7 +130,7 @@ class Encoder(Record):
     input: FamilyInput
     width: Positive
     heads: Positive
-    layers: Positive
+    layers: Layers
     mlp_ratio: Positive = 4
 
     @model_validator(mode="after")
@@ -155,11 +157,14 @@ class ModuleEncoder(Record):
     """
 
     modality: Name
-    factory: Annotated[str, Field(pattern=FACTORY)]
+    factory: Annotated[str, Field(pattern=FACTORY, max_length=500)]
     arguments: dict[str, Any] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
     input: Input
-    features: Annotated[tuple[Annotated[tuple[Positive, ...], Field(min_length=1)], ...], Field(min_length=2)]
+    features: Annotated[
+        tuple[Annotated[tuple[Positive, ...], Field(min_length=1, max_length=16)], ...],
+        Field(min_length=2, max_length=MAX_LAYERS + 1),
+    ]
     width: Positive
 
     @property
@@ -195,7 +200,7 @@ class Projection(Record):
     output: Positive
 
 
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, le=MAX_FACTOR)]
 Fusion = Literal["concat", "sum", "gated", "self_attention", "co_attention"]
 
 
@@ -209,12 +214,12 @@ class Supervised(Record):
     """
 
     kind: Literal["supervised"] = "supervised"
-    classes: Annotated[int, Field(ge=2)]
+    classes: Annotated[int, Field(ge=2, lt=2**31)]
     fusion: Fusion = "concat"
     blend: dict[Name, Weight] = Field(default_factory=dict)
     align: Weight = 0.0
     distill: Weight = 0.0
-    distill_temperature: Annotated[float, Field(gt=0)] = 2.0
+    distill_temperature: Annotated[float, Field(gt=0, le=MAX_FACTOR)] = 2.0
 
 
 class Contrastive(Record):
@@ -228,7 +233,7 @@ class Contrastive(Record):
 
     kind: Literal["contrastive"] = "contrastive"
     temperature: Annotated[float, Field(gt=0, le=1)] = 0.05
-    classes: Annotated[int, Field(ge=2)] | None = None
+    classes: Annotated[int, Field(ge=2, lt=2**31)] | None = None
 
 
 class SelfSupervised(Record):
@@ -268,7 +273,7 @@ class ModelDescription(Record):
     """A multimodal (or one-modality) model."""
 
     name: Name
-    encoders: Annotated[tuple[AnyEncoder, ...], Field(min_length=1)]
+    encoders: Annotated[tuple[AnyEncoder, ...], Field(min_length=1, max_length=64)]
     projection: Projection
     objective: Objective
 

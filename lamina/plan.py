@@ -8,12 +8,25 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from lamina.bounds import (
+    MAX_FACTOR,
+    MAX_ITEMS,
+    MAX_ROUNDS,
+    MAX_SEGMENTS,
+    MAX_STAGES,
+    MAX_TEXT,
+    Count,
+    PositiveCount,
+    PositiveSeconds,
+    SegmentName,
+)
 from lamina.model import ModelDescription, ModuleEncoder, Name
 from lamina.record import GrowingRecord, Record
 from lamina.segments import HEAD, heads_of, prefix_chain, segment_names
 
 StrategyName = Literal["layerwise", "progressive", "end_to_end"]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, le=MAX_FACTOR)]
+Factor = Annotated[float, Field(ge=0, le=MAX_FACTOR)]
 
 
 class Stage(Record):
@@ -24,12 +37,12 @@ class Stage(Record):
     of a modality's stem, layers and norm (by its name), or that of all projections, predictors and classifiers (`heads`).
     """
 
-    index: Annotated[int, Field(ge=0)]
-    active: Annotated[tuple[str, ...], Field(min_length=1)]
-    frozen: tuple[str, ...] = ()
-    rounds: Annotated[int, Field(ge=0)]
+    index: Count
+    active: Annotated[tuple[SegmentName, ...], Field(min_length=1, max_length=MAX_SEGMENTS)]
+    frozen: Annotated[tuple[SegmentName, ...], Field(max_length=MAX_SEGMENTS)] = ()
+    rounds: Annotated[int, Field(ge=0, le=MAX_ROUNDS)]
     learning_rate: PositiveFloat
-    rate_scales: dict[str, PositiveFloat] = Field(default_factory=dict)
+    rate_scales: Annotated[dict[Name, PositiveFloat], Field(max_length=64)] = Field(default_factory=dict)
 
     def rate_scale(self, segment: str) -> float:
         """The factor of the learning rate of a segment."""
@@ -51,7 +64,7 @@ class SGD(Record):
 
     kind: Literal["sgd"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Factor = 0.0
 
 
 class AdamW(Record):
@@ -61,7 +74,7 @@ class AdamW(Record):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Factor = 0.01
 
 
 OptimizerSettings = Annotated[SGD | AdamW, Field(discriminator="kind")]
@@ -96,8 +109,8 @@ class Augmentation(GrowingRecord):
 
     LATER: ClassVar[tuple[str, ...]] = ("erase", "crop", "gain")
 
-    shift: Annotated[int, Field(ge=0)] = 0
-    noise: Annotated[float, Field(ge=0)] = 0.0
+    shift: Count = 0
+    noise: Factor = 0.0
     flip: bool = False
     erase: Annotated[float, Field(ge=0, lt=1)] = 0.0
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -111,7 +124,7 @@ class DepthDropout(Record):
     order stays. With `pool`, each device draws from so many fixed sets, so that it can keep the features of each.
     """
 
-    budget: Annotated[int, Field(ge=2)]
+    budget: Annotated[int, Field(ge=2, le=MAX_SEGMENTS)]
     pool: Annotated[int, Field(ge=1, le=16)] | None = None
 
 
@@ -127,13 +140,13 @@ class Training(Record):
     encodings that a device may be given and asked for; one that cannot read them gets the next larger one that it knows.
     """
 
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    micro_batch: Annotated[int, Field(ge=1)] | None = None
-    local_epochs: Annotated[int, Field(ge=1)] = 1
+    batch_size: PositiveCount = 32
+    micro_batch: PositiveCount | None = None
+    local_epochs: PositiveCount = 1
     optimizer: OptimizerSettings = AdamW()
     keep_optimizer: bool = False
-    proximal: Annotated[float, Field(ge=0)] = 0.0
-    warm_up_rounds: Annotated[int, Field(ge=0)] = 0
+    proximal: Factor = 0.0
+    warm_up_rounds: Count = 0
     depth_dropout: DepthDropout | None = None
     features: FeatureStore = FeatureStore()
     augmentation: dict[Name, Augmentation] = Field(default_factory=dict)
@@ -183,14 +196,14 @@ class Cohort(GrowingRecord):
 
     LATER: ClassVar[tuple[str, ...]] = ("max_examples", "max_norm")
 
-    size: Annotated[int, Field(ge=1)] = 4
-    pool: Annotated[int, Field(ge=1)] | None = None
-    evaluate_every: Annotated[int, Field(ge=0)] = 1
-    min_updates: Annotated[int, Field(ge=1)] = 1
-    deadline_seconds: PositiveFloat = 3600.0
-    lease_seconds: PositiveFloat = 600.0
-    max_examples: Annotated[int, Field(ge=1)] | None = None
-    max_norm: Annotated[float, Field(ge=1)] | None = None
+    size: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 4
+    pool: Annotated[int, Field(ge=1, le=MAX_ITEMS)] | None = None
+    evaluate_every: Count = 1
+    min_updates: PositiveCount = 1
+    deadline_seconds: PositiveSeconds = 3600.0
+    lease_seconds: PositiveSeconds = 600.0
+    max_examples: PositiveCount | None = None
+    max_norm: Annotated[float, Field(ge=1, le=MAX_FACTOR)] | None = None
 
     @model_validator(mode="after")
     def _min_fits(self) -> "Cohort":
@@ -217,7 +230,7 @@ class SelfTuning(Record):
     `train_loss` is the mean over the cohort, by examples; `test_loss` that of the devices' test examples.
     """
 
-    patience: Annotated[int, Field(ge=1)] = 2
+    patience: PositiveCount = 2
     min_improvement: Annotated[float, Field(ge=0, lt=1)] = 0.01
     measure: Literal["train_loss", "test_loss"] = "train_loss"
 
@@ -229,8 +242,8 @@ class Calibration(Record):
     `data` names that data; the process that holds it is `lamina calibrate`.
     """
 
-    data: Annotated[str, Field(min_length=1)] | None = None
-    epochs: Annotated[int, Field(ge=1)] = 1
+    data: Annotated[str, Field(min_length=1, max_length=MAX_TEXT)] | None = None
+    epochs: PositiveCount = 1
     learning_rate: PositiveFloat
 
 
@@ -247,12 +260,14 @@ class Plan(Record):
     name: Name
     model: ModelDescription
     strategy: StrategyName
-    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=MAX_STAGES)]
     training: Training = Training()
     cohort: Cohort = Cohort()
     self_tuning: SelfTuning | None = None
     calibration: Calibration | None = None
-    device_modalities: tuple[Annotated[tuple[Name, ...], Field(min_length=1)], ...] = ()
+    device_modalities: Annotated[
+        tuple[Annotated[tuple[Name, ...], Field(min_length=1, max_length=64)], ...], Field(max_length=1000)
+    ] = ()
     zero_init: bool = False
     server_learning_rate: PositiveFloat = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from lamina.bounds import MAX_ROUNDS
 from lamina.errors import ConfigError
 from lamina.model import FACTORY, FamilyInput, Name, Objective, Positive
 from lamina.plan import Calibration, Cohort, Plan, PositiveFloat, SelfTuning, StrategyName, Training
@@ -71,7 +72,10 @@ class Recipe(Record):
     projection: ProjectionRecipe = ProjectionRecipe(hidden=128)
     strategy: StrategyName = "layerwise"
     layers_per_stage: Positive | dict[Name, Positive] = 1
-    rounds: Annotated[int, Field(ge=1)] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = 12
+    rounds: (
+        Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
+        | Annotated[tuple[Annotated[int, Field(ge=0, le=MAX_ROUNDS)], ...], Field(min_length=1)]
+    ) = 12
     learning_rate: PositiveFloat | Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = 1e-3
     rate_scales: dict[str, PositiveFloat] = Field(default_factory=dict)
     freeze_stems: bool = False

@@ -5,11 +5,13 @@ A misspelled key is refused with its name instead of being ignored, because a ty
 
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from lamina.errors import ConfigError
+from lamina.printable import printable
 
 
 class Record(BaseModel):
@@ -56,23 +58,38 @@ class GrowingRecord(Record):
 def explain(error: ValidationError, record: type[BaseModel] | None = None, limit: int = 3) -> str:
     """The first few faults of a pydantic error as one line: `field.path: what is wrong (given: value)`.
 
-    For a key that `record` does not have, the nearest one that it or a record inside it has.
+    For a key that `record` does not have, the nearest one that it or a record inside it has. Keys and values are somebody
+    else's: they are shown short and printable, and showing them costs the same however long they are.
     """
-    faults = error.errors(include_url=False)
+    faults = error.errors(include_url=False, include_context=False)
     lines = []
     for fault in faults[:limit]:
-        where = ".".join(str(part) for part in fault["loc"]) or "(whole)"
-        given = repr(fault.get("input"))
+        where = printable(".".join(str(part)[:_SHOWN] for part in fault["loc"][-8:]), 2 * _SHOWN) or "(whole)"
         if fault["type"] == "extra_forbidden":
             lines.append(f"{where}: unknown key{_nearest(str(fault['loc'][-1]), record)}")
             continue
-        lines.append(f"{where}: {fault['msg']} (given: {given[:60]})")
+        lines.append(f"{where}: {printable(fault['msg'], 1000)} (given: {_glimpse(fault.get('input'))})")
     if len(faults) > limit:
         lines.append(f"and {len(faults) - limit} more")
     return "; ".join(lines)
 
 
+_SHOWN = 60
+_shortened = Repr()
+_shortened.maxstring = _shortened.maxother = _SHOWN
+
+
+def _glimpse(value: object) -> str:
+    """The beginning of a value as Python writes it; only as much of it is looked at."""
+    try:
+        return printable(_shortened.repr(value), _SHOWN)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a {type(value).__name__} that is too long to show"
+
+
 def _nearest(key: str, record: type[BaseModel] | None) -> str:
+    if len(key) > _SHOWN:  # nobody misspelt that, and comparing costs the square of its length
+        return ""
     known = _keys(record, set()) if record else set()
     near = get_close_matches(key, sorted(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

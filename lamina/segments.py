@@ -10,8 +10,11 @@ segment is the one order of the exchange vector, for every engine.
 
 from collections.abc import Collection
 from math import prod
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field, model_validator
+
+from lamina.bounds import MAX_COUNT, MAX_ITEMS, SegmentName, Shape, TensorName
 from lamina.model import ModelDescription, Name
 from lamina.record import Record
 
@@ -21,9 +24,15 @@ DType = Literal["float32", "int64"]
 class TensorSpec(Record):
     """Name, shape and dtype of one tensor."""
 
-    name: str
-    shape: tuple[int, ...]
+    name: TensorName
+    shape: Shape
     dtype: DType = "float32"
+
+    @model_validator(mode="after")
+    def _is_countable(self) -> "TensorSpec":
+        if self.count > MAX_COUNT:
+            raise ValueError(f"tensor {self.name!r} of shape {self.shape} has {self.count} values, above {MAX_COUNT}")
+        return self
 
     @property
     def count(self) -> int:
@@ -33,9 +42,9 @@ class TensorSpec(Record):
 class Segment(Record):
     """A named part of the model with its float32 tensors, in order."""
 
-    name: str
+    name: SegmentName
     modality: Name | None
-    tensors: tuple[TensorSpec, ...]
+    tensors: Annotated[tuple[TensorSpec, ...], Field(max_length=MAX_ITEMS)]
 
     @property
     def parameters(self) -> int:

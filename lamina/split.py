@@ -23,6 +23,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from lamina.bounds import MAX_FACTOR, MAX_ITEMS, MAX_ROUNDS, Count, PositiveCount, PositiveSeconds
 from lamina.compression import Compression
 from lamina.errors import ConfigError
 from lamina.model import Encoder, ModelDescription, Name, Positive, Projection, Supervised
@@ -39,7 +40,7 @@ FUSED = "fused"
 MIDDLE = "middle."
 """Tensors of a task adapter that modalities share begin so."""
 MIN_LAYERS = 3
-_Share = Annotated[float, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, le=MAX_FACTOR)]
 
 
 def modality_adapter(modality: str) -> str:
@@ -93,7 +94,7 @@ class Switch(Record):
     """When the fusion net freezes and transfer begins, for good: over the last `window` differences of the fused loss from
     round to round, std(|d|) / mean(|d|) is below `threshold`."""
 
-    window: Annotated[int, Field(ge=2)] = 10
+    window: Annotated[int, Field(ge=2, le=MAX_ROUNDS)] = 10
     threshold: PositiveFloat = 0.3
 
 
@@ -102,7 +103,7 @@ class SplitTraining(Record):
     fresh in each round. The last batch of an epoch may be smaller."""
 
     batch_size: Annotated[int, Field(ge=2, le=4096)] = 32
-    local_epochs: Annotated[int, Field(ge=1)] = 1
+    local_epochs: PositiveCount = 1
     learning_rate: PositiveFloat = 1e-4
     optimizer: OptimizerSettings = AdamW(weight_decay=0.05)
 
@@ -122,11 +123,11 @@ class Users(Record):
     turn in this round. A round counts with `min_users` of them, else it begins again. Evaluation follows every
     `evaluate_every`-th round and the last; 0: never. It is of the users with all modalities."""
 
-    size: Annotated[int, Field(ge=1)] = 25
+    size: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 25
     some_modalities: bool = False
-    min_users: Annotated[int, Field(ge=1)] = 1
-    lease_seconds: PositiveFloat = 600.0
-    evaluate_every: Annotated[int, Field(ge=0)] = 10
+    min_users: PositiveCount = 1
+    lease_seconds: PositiveSeconds = 600.0
+    evaluate_every: Count = 10
 
     @model_validator(mode="after")
     def _min_fits(self) -> "Users":
@@ -148,9 +149,9 @@ class SplitPlan(Record):
     version: Literal[1] = 1
     kind: Literal["split"] = "split"
     name: Name
-    encoders: Annotated[tuple[Encoder, ...], Field(min_length=1)]
-    classes: Annotated[int, Field(ge=2)]
-    rounds: Annotated[int, Field(ge=1)]
+    encoders: Annotated[tuple[Encoder, ...], Field(min_length=1, max_length=64)]
+    classes: Annotated[int, Field(ge=2, lt=2**31)]
+    rounds: Annotated[int, Field(ge=1, le=MAX_ROUNDS)]
     party: Party = "server"
     adapter: AdapterSettings = AdapterSettings()
     fusion: FusionNet = FusionNet()

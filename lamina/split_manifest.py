@@ -1,12 +1,13 @@
 """Split training: what the exporter writes. Programs by name, the parts' tensors, and how a program takes them."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
+from lamina.bounds import MAX_ITEMS, MAX_SEGMENTS, Count, Note, SegmentName, Shape, TensorName
 from lamina.manifest import Sha256
 from lamina.model import Positive
 from lamina.names import ENGINES, EngineName, Precision, ReferenceShape, Role
@@ -15,7 +16,6 @@ from lamina.record import Record
 from lamina.segments import Segment, TensorSpec
 from lamina.split import FUSION, Party, SplitPlan
 from lamina.tensors import Float32, hash_bytes
-from lamina.wire import Count
 
 
 class SplitProgram(Record):
@@ -28,10 +28,10 @@ class SplitProgram(Record):
     engine: EngineName
     blob: Sha256
     runs_on: Party
-    parts: tuple[str, ...]
-    weights: tuple[tuple[int, ...], ...]
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[str, ...]
+    parts: Annotated[tuple[SegmentName, ...], Field(max_length=MAX_SEGMENTS)]
+    weights: Annotated[tuple[Shape, ...], Field(max_length=MAX_ITEMS)]
+    inputs: Annotated[tuple[TensorSpec, ...], Field(max_length=1000)]
+    outputs: Annotated[tuple[TensorName, ...], Field(max_length=1000)]
     max_batch: Positive
     precision: Precision = "fp32"
     activation_bytes: Count
@@ -61,11 +61,11 @@ class SplitManifest(Record):
     format: Literal[1] = 1
     kind: Literal["split"] = "split"
     plan: SplitPlan
-    parts: tuple[Segment, ...]
-    initial_weights: dict[str, Sha256]
-    programs: dict[EngineName, dict[str, SplitProgram]]
-    blobs: dict[Sha256, Count]
-    versions: dict[str, str]
+    parts: Annotated[tuple[Segment, ...], Field(max_length=MAX_SEGMENTS)]
+    initial_weights: Annotated[dict[SegmentName, Sha256], Field(max_length=MAX_SEGMENTS)]
+    programs: dict[EngineName, Annotated[dict[SegmentName, SplitProgram], Field(max_length=1000)]]
+    blobs: Annotated[dict[Sha256, Count], Field(max_length=MAX_ITEMS)]
+    versions: Annotated[dict[Note, Note], Field(max_length=1000)]
 
     @model_validator(mode="after")
     def _is_whole(self) -> "SplitManifest":

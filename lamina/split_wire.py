@@ -18,25 +18,28 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 
-from lamina.compression import Compression
+from lamina.bounds import MAX_ITEMS, Count, Loss, Note, PositiveCount, RunName, Seconds, Text
 from lamina.manifest import Sha256
 from lamina.model import Name
 from lamina.names import EngineName
 from lamina.record import GrowingRecord, Record
 from lamina.segments import TensorSpec
 from lamina.split import FUSED, LOGITS, SplitPlan
-from lamina.wire import Count, DeviceName, Refused, RunState, Seconds, Wait
+from lamina.wire import Compressions, DeviceName, Modalities, Refused, RunState, Wait, Weights
+
+Counts = Annotated[dict[Name, Count], Field(max_length=64)]
+Losses = Annotated[dict[Name, Loss], Field(max_length=64)]
 
 
 class SplitCheckIn(Record):
     """A user asks for work and says what it has."""
 
     engine: EngineName
-    modalities: tuple[Name, ...]
-    train_examples: Annotated[int, Field(ge=1)]
+    modalities: Modalities
+    train_examples: PositiveCount
     test_examples: Count
-    run: str | None = None
-    compressions: tuple[Compression, ...] = ("none",)
+    run: RunName | None = None
+    compressions: Compressions = ("none",)
 
 
 class SplitWork(Record):
@@ -48,12 +51,12 @@ class SplitWork(Record):
 
     kind: Literal["work"] = "work"
     phase: Literal["train", "evaluate"]
-    run: str
+    run: RunName
     manifest: Sha256
     round: Count
     fused: bool
-    weights: dict[str, Sha256]
-    modalities: tuple[Name, ...] = ()
+    weights: Weights
+    modalities: Modalities = ()
     lease_seconds: Seconds
 
 
@@ -68,9 +71,9 @@ class SplitReport(Record):
     `bytes_up` and `bytes_down` count message bodies since the last report, without this update.
     """
 
-    num_examples: Annotated[int, Field(ge=1)]
-    loss: dict[Name, float]
-    fused_loss: float | None
+    num_examples: PositiveCount
+    loss: Losses
+    fused_loss: Loss | None
     train_seconds: Seconds
     peak_bytes: Count
     bytes_down: Count
@@ -81,14 +84,14 @@ class SplitEvaluation(Record):
     """Results on the user's test examples, by modality and of the fusion net: mean losses and how many were right."""
 
     num_examples: Count
-    correct: dict[Name, Count]
-    loss: dict[Name, float]
+    correct: Counts
+    loss: Losses
     fused_correct: Count
-    fused_loss: float
+    fused_loss: Loss
 
 
 class SplitAccepted(Record):
-    run: str
+    run: RunName
     round: Count
 
 
@@ -115,13 +118,13 @@ class SplitRound(GrowingRecord):
 
     round: Count
     fused: bool
-    users: tuple[SplitUserReport, ...]
-    fused_loss: float | None
+    users: Annotated[tuple[SplitUserReport, ...], Field(max_length=MAX_ITEMS)]
+    fused_loss: Loss | None
     traffic: SplitTraffic
     test_examples: Count = 0
-    test_correct: dict[Name, Count] = Field(default_factory=dict)
+    test_correct: Counts = Field(default_factory=dict)
     test_fused_correct: Count = 0
-    notes: tuple[str, ...] = ()
+    notes: Annotated[tuple[Note, ...], Field(max_length=MAX_ITEMS)] = ()
 
     def test_accuracy(self, modality: str | None = None) -> float | None:
         """That of one modality alone, or of the fusion net."""
@@ -132,15 +135,15 @@ class SplitRound(GrowingRecord):
 class SplitStatus(Record):
     """A run with its finished rounds. `weights` are the newest blobs of the trained parts."""
 
-    run: str
-    name: str
+    run: RunName
+    name: Name
     state: RunState
     manifest: Sha256
     round: Count
     fused: bool
-    detail: str
-    rounds: tuple[SplitRound, ...]
-    weights: dict[str, Sha256]
+    detail: Text
+    rounds: Annotated[tuple[SplitRound, ...], Field(max_length=MAX_ITEMS)]
+    weights: Weights
 
 
 def features_up(plan: SplitPlan, examples: int, modalities: Sequence[str] = ()) -> list[TensorSpec]:

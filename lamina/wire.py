@@ -24,6 +24,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter
 
+from lamina.bounds import (
+    MAX_ITEMS,
+    MAX_SEGMENTS,
+    Count,
+    Loss,
+    Note,
+    PositiveCount,
+    RunName,
+    Seconds,
+    SegmentName,
+    Text,
+)
 from lamina.compression import Compression
 from lamina.manifest import EngineName, Sha256
 from lamina.model import Name
@@ -37,10 +49,21 @@ SIGNATURE_HEADER = "Lamina-Signature"
 DIGEST_HEADER = "Content-Digest"
 """Header of every upload body: `sha-256=:<base64>:` (RFC 9530)."""
 MAX_JSON_BYTES = 16 << 20
+"""What a manifest may have."""
+MAX_WAIT_SECONDS = 86400.0
+
+SMALL_JSON_BYTES = 16 << 10
+"""What any message but a manifest may have: a check-in with every field at its bound is smaller."""
 
 DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
+DeviceId = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+DeviceToken = Annotated[str, Field(pattern=r"^[A-Za-z0-9._~+/=-]{0,200}$")]
+"""It stands in a header, so nothing in it may end a line."""
+Modalities = Annotated[tuple[Name, ...], Field(max_length=64)]
+Encodings = Annotated[tuple[Encoding, ...], Field(max_length=16)]
+Compressions = Annotated[tuple[Compression, ...], Field(max_length=16)]
+Weights = Annotated[dict[SegmentName, Sha256], Field(max_length=MAX_SEGMENTS)]
+WaitSeconds = Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS)]
 RunState = Literal["running", "finished"]
 Phase = Literal["train", "evaluate", "calibrate"]
 DeviceRole = Literal["device", "calibrator"]
@@ -49,10 +72,10 @@ DeviceRole = Literal["device", "calibrator"]
 class Problem(Record):
     """The body of every refusal (RFC 9457); `code` is that of `lamina.errors`."""
 
-    code: str
-    title: str
-    status: int
-    detail: str
+    code: Annotated[str, Field(pattern=r"^[a-z][a-z-]{0,39}$")]
+    title: Note
+    status: Annotated[int, Field(ge=100, le=599)]
+    detail: Text
 
 
 class Signature(Record):
@@ -87,8 +110,8 @@ class Enrolled(GrowingRecord):
 
     LATER: ClassVar[tuple[str, ...]] = ("device_token",)
 
-    device_id: str
-    device_token: str = ""
+    device_id: DeviceId
+    device_token: DeviceToken = ""
 
 
 class CheckIn(GrowingRecord):
@@ -101,12 +124,12 @@ class CheckIn(GrowingRecord):
     LATER: ClassVar[tuple[str, ...]] = ("encodings", "compressions", "role")
 
     engine: EngineName
-    modalities: tuple[Name, ...]
-    train_examples: Annotated[int, Field(ge=1)]
+    modalities: Modalities
+    train_examples: PositiveCount
     test_examples: Count
-    run: str | None = None
-    encodings: tuple[Encoding, ...] = ("fp32",)
-    compressions: tuple[Compression, ...] = ("none",)
+    run: RunName | None = None
+    encodings: Encodings = ("fp32",)
+    compressions: Compressions = ("none",)
     role: DeviceRole = "device"
 
 
@@ -137,19 +160,19 @@ class Assignment(GrowingRecord):
 
     kind: Literal["assignment"] = "assignment"
     phase: Phase
-    run: str
+    run: RunName
     manifest: Sha256
     stage: Count
     round: Count
-    weights: dict[str, Sha256]
+    weights: Weights
     lease_seconds: Seconds
     upload_encoding: Encoding
     download_encoding: Encoding = "fp32"
     download_compression: Compression = "none"
-    compressed_weights: dict[str, Sha256] = Field(default_factory=dict)
+    compressed_weights: Weights = Field(default_factory=dict)
     upload_compression: Compression = "none"
-    modalities: tuple[Name, ...] = ()
-    teacher_weights: dict[str, Sha256] = Field(default_factory=dict)
+    modalities: Modalities = ()
+    teacher_weights: Weights = Field(default_factory=dict)
 
 
 class Wait(Record):
@@ -161,16 +184,16 @@ class Wait(Record):
 
     kind: Literal["wait"] = "wait"
     reason: Literal["no_run", "cohort", "round"]
-    detail: str
-    wait_seconds_min: Seconds
-    wait_seconds_max: Seconds
+    detail: Text
+    wait_seconds_min: WaitSeconds
+    wait_seconds_max: WaitSeconds
 
 
 class Refused(Record):
     """This device cannot take part in any open run; `detail` says why and what would help. Asking again is pointless."""
 
     kind: Literal["refused"] = "refused"
-    detail: str
+    detail: Text
 
 
 CheckInAnswer = Annotated[Assignment | Wait | Refused, Field(discriminator="kind")]
@@ -189,15 +212,15 @@ class TrainReport(GrowingRecord):
 
     LATER: ClassVar[tuple[str, ...]] = ("upload_encoding", "failed_attempts", "failure")
 
-    num_examples: Annotated[int, Field(ge=1)]
-    loss: float
+    num_examples: PositiveCount
+    loss: Loss
     train_seconds: Seconds
     peak_bytes: Count
     bytes_down: Count
     bytes_up: Count
     upload_encoding: Encoding = "fp32"
     failed_attempts: Count = 0
-    failure: Annotated[str, Field(max_length=200)] = ""
+    failure: Annotated[Note, Field(max_length=200)] = ""
 
 
 class Evaluation(Record):
@@ -205,20 +228,20 @@ class Evaluation(Record):
 
     num_examples: Count
     correct: Count
-    loss: float
+    loss: Loss
 
 
 class Accepted(Record):
     """The message is on disk and counts exactly once; sending the same again gives the same answer."""
 
-    run: str
+    run: RunName
     stage: Count
     round: Count
     sha256: Sha256 | None = None
 
 
 class Published(Record):
-    run: str
+    run: RunName
 
 
 class DeviceReport(GrowingRecord):
@@ -235,7 +258,7 @@ class DeviceReport(GrowingRecord):
     download_encoding: Encoding = "fp32"
     upload_encoding: Encoding = "fp32"
     upload_compression: Compression = "none"
-    modalities: tuple[Name, ...] = ()
+    modalities: Modalities = ()
 
 
 class RoundStatus(GrowingRecord):
@@ -251,13 +274,13 @@ class RoundStatus(GrowingRecord):
     stage: Count
     round: Count
     state: Literal["training", "evaluating", "closed"]
-    waiting_for: str = ""
-    updates: tuple[DeviceReport, ...] = ()
+    waiting_for: Text = ""
+    updates: Annotated[tuple[DeviceReport, ...], Field(max_length=MAX_ITEMS)] = ()
     test_examples: Count = 0
     test_correct: Count = 0
-    test_loss: float | None = None
-    evaluated_encodings: tuple[Encoding, ...] = ()
-    notes: tuple[str, ...] = ()
+    test_loss: Loss | None = None
+    evaluated_encodings: Encodings = ()
+    notes: Annotated[tuple[Note, ...], Field(max_length=MAX_ITEMS)] = ()
 
     @property
     def test_accuracy(self) -> float | None:
@@ -267,16 +290,16 @@ class RoundStatus(GrowingRecord):
 class RunStatus(Record):
     """A run with all of its rounds so far. `weights` are the newest blobs of every segment."""
 
-    run: str
-    name: str
+    run: RunName
+    name: Name
     state: RunState
     manifest: Sha256
     stage: Count
     round: Count
-    detail: str
-    rounds: tuple[RoundStatus, ...]
-    weights: dict[str, Sha256]
+    detail: Text
+    rounds: Annotated[tuple[RoundStatus, ...], Field(max_length=MAX_ITEMS)]
+    weights: Weights
 
 
 class RunList(Record):
-    runs: tuple[str, ...]
+    runs: Annotated[tuple[RunName, ...], Field(max_length=MAX_ITEMS)]

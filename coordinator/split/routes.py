@@ -3,13 +3,14 @@
 from hashlib import sha256
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from coordinator import bodies
 from coordinator.house import House
 from coordinator.split.runs import SplitRuns
 from coordinator.split.runtime import Runtime
+from lamina.bounds import MAX_COUNT
 from lamina.errors import HashMismatchError, ProtocolError, TooLargeError
 from lamina.record import Record
 from lamina.segments import TensorSpec
@@ -18,7 +19,8 @@ from lamina.split_wire import SplitCheckIn, SplitEvaluation, SplitReport, featur
 from lamina.wire import REPORT_HEADER, SIGNATURE_HEADER
 
 Authorization = Annotated[str | None, Header()]
-Examples = Annotated[int, Query(ge=1)]
+Examples = Annotated[int, Query(ge=1, le=MAX_COUNT)]
+Index = Annotated[int, Path(ge=0, le=MAX_COUNT)]
 
 
 def split_routes(house: House, runtime: Runtime | None = None) -> APIRouter:
@@ -57,28 +59,28 @@ def split_routes(house: House, runtime: Runtime | None = None) -> APIRouter:
         return _json(runs.check_in(device, SplitCheckIn.from_json(body, "the check-in")))
 
     @router.post("/runs/{run}/rounds/{number}/steps/{step}/features")
-    async def features(device: Device, run: str, number: int, step: int, examples: Examples, request: Request) -> Response:
+    async def features(device: Device, run: str, number: Index, step: Index, examples: Examples, request: Request) -> Response:
         found = runs.find(run)
         found.check_count(examples)
         body = await _read(request, features_up(found.plan, examples))
         return _bytes(await run_in_threadpool(found.features, device, number, step, examples, body))
 
     @router.post("/runs/{run}/rounds/{number}/steps/{step}/gradients")
-    async def gradients(device: Device, run: str, number: int, step: int, examples: Examples, request: Request) -> Response:
+    async def gradients(device: Device, run: str, number: Index, step: Index, examples: Examples, request: Request) -> Response:
         found = runs.find(run)
         found.check_count(examples)
         body = await _read(request, gradients_up(found.plan, examples, False))
         return _bytes(await run_in_threadpool(found.gradients, device, number, step, examples, body))
 
     @router.post("/runs/{run}/rounds/{number}/answers")
-    async def answers(device: Device, run: str, number: int, examples: Examples, request: Request) -> Response:
+    async def answers(device: Device, run: str, number: Index, examples: Examples, request: Request) -> Response:
         found = runs.find(run)
         found.check_count(examples)
         body = await _read(request, features_up(found.plan, examples))
         return _bytes(await run_in_threadpool(found.answers, device, number, examples, body))
 
     @router.put("/runs/{run}/rounds/{number}/update")
-    async def update(device: Device, run: str, number: int, request: Request) -> Response:
+    async def update(device: Device, run: str, number: Index, request: Request) -> Response:
         found = runs.find(run)
         text = request.headers.get(REPORT_HEADER)
         if text is None:
@@ -88,7 +90,7 @@ def split_routes(house: House, runtime: Runtime | None = None) -> APIRouter:
         return _json(await run_in_threadpool(found.update, device, number, body, report))
 
     @router.put("/runs/{run}/rounds/{number}/evaluation")
-    def evaluation(device: Device, run: str, number: int, body: Json) -> Response:
+    def evaluation(device: Device, run: str, number: Index, body: Json) -> Response:
         return _json(runs.find(run).evaluation(device, number, SplitEvaluation.from_json(body, "the evaluation")))
 
     return router

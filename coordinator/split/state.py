@@ -3,11 +3,11 @@
 from pydantic import Field
 
 from coordinator.house import House
+from lamina.bounds import Count
 from lamina.files import write_durably
 from lamina.manifest import Sha256
 from lamina.record import Record
 from lamina.split_wire import SplitRound
-from lamina.wire import Count
 
 
 class SplitState(Record):

@@ -493,12 +493,14 @@ def as_json(answer: httpx.Response) -> Any:
 
 def downgrade(state: Path, version: int) -> None:
     """Makes the database of a stopped coordinator one of an older version: without the columns and tables of later ones."""
-    tables = {1: ["variants"], 2: ["calibrations", "teachers"], 3: ["superseded"]}
+    tables = {1: ["variants"], 2: ["calibrations", "teachers"], 3: ["superseded"], 4: []}
     with sqlite3.connect(state / "coordinator.sqlite") as connection:
         for later in range(version, SCHEMA_VERSION):
             for table in tables.get(later, []):
                 connection.execute(f"DROP TABLE {table}")
             for statement in UPGRADES[later]:
+                if not statement.startswith("ALTER"):
+                    continue
                 _, _, table, _, _, column, *_ = statement.split()
                 connection.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
         connection.execute(f"PRAGMA user_version = {version}")
