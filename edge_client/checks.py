@@ -30,17 +30,21 @@ def check_inputs(program: ProgramShape, arrays: Sequence[Array], limits: dict[st
             raise DataError(f"input {spec.name!r} of the batch: {fault}")
 
 
-def find_fault(array: Array, limit: int | None, first: int = 0) -> str | None:
-    """What is wrong with the first illegal value: not finite, or an integer outside of [0, limit). None if all is well.
+def find_fault(array: Array, limit: int | None, first: int = 0, most: float | None = None) -> str | None:
+    """What is wrong with the first illegal value: not finite, beyond +-`most`, or an integer outside of [0, limit). None if all
+    is well.
 
     `first` is added to the row number that is reported.
     """
     if not array.size:
         return None
     if np.issubdtype(array.dtype, np.floating):
-        if is_finite(array):
+        if not is_finite(array):
+            place, rule = np.argwhere(~np.isfinite(array))[0], "is not finite"
+        elif most is not None and max(-array.min(), array.max()) > most:
+            place, rule = np.argwhere(np.abs(array) > most)[0], f"is beyond +-{most:,.0f}; scale the data"
+        else:
             return None
-        place, rule = np.argwhere(~np.isfinite(array))[0], "is not finite"
     else:
         if limit is None or (array.min() >= 0 and array.max() < limit):
             return None

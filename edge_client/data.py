@@ -19,8 +19,10 @@ from lamina.bundle import hash_file
 from lamina.errors import DataError
 from lamina.files import raise_if_full, write_durably
 from lamina.model import ModelDescription
-from lamina.names import LABEL, second_view
+from lamina.names import LABEL, MOST_INPUT, second_view
 
+DATA_RULES = 2
+"""Grows with what `LocalData.check` asks of the data: what older rules let pass is checked again."""
 _CHUNK_BYTES = 1 << 20
 _MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")  # as lamina.model.Name
 
@@ -114,7 +116,7 @@ class LocalData:
             raise DataError(f"{rows.source} has rows of shape {rows.shape[1:]}, the model takes {shape}")
         row_bytes = int(np.prod(shape, dtype=np.int64)) * rows.dtype.itemsize
         for first, chunk in rows.chunks(max(1, _CHUNK_BYTES // row_bytes)):
-            fault = find_fault(chunk, limits.get(name), first)
+            fault = find_fault(chunk, limits.get(name), first, MOST_INPUT)
             if fault is not None:
                 raise DataError(f"{rows.source}: {fault}")
 

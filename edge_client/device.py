@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_client.blobs import BlobCache
-from edge_client.data import LocalData
+from edge_client.data import DATA_RULES, LocalData
 from edge_client.engines import load_engine
 from edge_client.heartbeat import Lease
 from edge_client.identity import IDENTITY_FILE, exclusive, load_or_enrol, read_enrolment_token
@@ -303,7 +303,7 @@ class Device:
     def _check_data(self, manifest: Manifest, work: Assignment) -> None:
         """Data that was not checked yet against this model, or this part of it, is checked now."""
         note = self._work / _CHECKED
-        facts = json.dumps([work.manifest, self._data.fingerprint, *work.modalities]).encode()
+        facts = json.dumps([DATA_RULES, work.manifest, self._data.fingerprint, *work.modalities]).encode()
         if not note.is_file() or note.read_bytes() != facts:
             self._data.check(manifest.plan.model, work.modalities)
             write_durably(note, facts)

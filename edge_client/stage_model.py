@@ -24,7 +24,7 @@ from edge_client.memory import give_back_free_memory
 from edge_client.references import PIECE, Copy, make_copies
 from edge_client.rows import Indices
 from lamina.errors import EngineError, NonFiniteError
-from lamina.names import LABEL, Role
+from lamina.names import LABEL, MOST_LOSS, Role
 from lamina.tensors import Float32, decode_one_by_one
 
 Read = Callable[[Indices], Mapping[str, Array]]
@@ -213,9 +213,10 @@ class StageModel:
 
     def _finite(self, loss: Array) -> float:
         value = float(loss)
-        if not np.isfinite(value):
+        if not abs(value) <= MOST_LOSS:
+            what = f"beyond {MOST_LOSS:,.0f}" if np.isfinite(value) else "though its inputs are finite"
             raise NonFiniteError(
-                f"the loss in {self._where} is {value}, though its inputs are finite; "
+                f"the loss in {self._where} is {value:g}, {what}: training has diverged; "
                 f"lower the learning rate of the stage, or look for extreme values in the data"
             )
         return value

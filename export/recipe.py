@@ -22,7 +22,7 @@ from export.models import adapt_made, build_model, make_trunk
 from export.trunk import Trunk
 from lamina.errors import ConfigError, CutError
 from lamina.manifest import Rewrite
-from lamina.model import Contrastive, Encoder, ModelDescription, ModuleEncoder, Projection, SelfSupervised, Supervised
+from lamina.model import Encoder, ModelDescription, ModuleEncoder, Projection, Supervised
 from lamina.plan import Plan
 from lamina.recipe import EncoderRecipe, Recipe, read_recipe
 from lamina.record import explain
@@ -172,7 +172,7 @@ def _from_recipe(recipe: Recipe, changes: Mapping[str, Any], faults: Faults | No
     trunks: dict[str, Trunk] = {}
     for modality, wanted in recipe.encoders.items():
         if wanted.factory is None:
-            encoders.append(_family_encoder(modality, wanted))
+            encoders.append(wanted.family_encoder(modality))
             continue
         made = call_factory(wanted.factory, wanted.arguments, recipe.seed)
         if faults is None:
@@ -181,7 +181,7 @@ def _from_recipe(recipe: Recipe, changes: Mapping[str, Any], faults: Faults | No
             trunk = adapt_faulty(made, modality, wanted.factory, wanted.options, faults)
         spec, trunks[modality] = describe_trunk(modality, wanted, trunk, faults)
         encoders.append(spec)
-    if _objective(recipe).kind == "contrastive" and len(encoders) != 2:
+    if recipe.whole_objective.kind == "contrastive" and len(encoders) != 2:
         raise ConfigError(
             f"without `classes` the objective is contrastive, which joins exactly two modalities; {recipe.name!r} has "
             f"{list(recipe.encoders)}: give `classes` (--classes), or a second modality"
@@ -191,7 +191,7 @@ def _from_recipe(recipe: Recipe, changes: Mapping[str, Any], faults: Faults | No
             name=recipe.name,
             encoders=tuple(encoders),
             projection=Projection(hidden=recipe.projection.hidden, output=recipe.projection.output),
-            objective=_objective(recipe),
+            objective=recipe.whole_objective,
         )
         stages = make_stages(
             description,
@@ -215,27 +215,9 @@ def _from_recipe(recipe: Recipe, changes: Mapping[str, Any], faults: Faults | No
     return _resolved(plan, model, trunks, faults)
 
 
-def _objective(recipe: Recipe) -> Supervised | Contrastive | SelfSupervised:
-    if recipe.objective is not None:
-        return recipe.objective
-    return Contrastive(temperature=recipe.temperature) if recipe.classes is None else Supervised(classes=recipe.classes)
-
-
 def _resolved(plan: Plan, model: nn.Module, trunks: Mapping[str, Trunk], faults: Faults | None) -> Resolved:
     notes = tuple(note for trunk in trunks.values() for note in trunk.notes)
     return Resolved(plan, model, notes, tuple(each for trunk in trunks.values() for each in trunk.rewrites), faults or {})
-
-
-def _family_encoder(modality: str, wanted: EncoderRecipe) -> Encoder:
-    assert wanted.input and wanted.width and wanted.heads and wanted.layers
-    return Encoder(
-        modality=modality,
-        input=wanted.input,
-        width=wanted.width,
-        heads=wanted.heads,
-        layers=wanted.layers,
-        mlp_ratio=wanted.mlp_ratio,
-    )
 
 
 def _recipe_of_factory(source: str, changes: Mapping[str, Any], check: bool) -> Recipe:

@@ -14,6 +14,10 @@ Reference = Literal["momentum", "start", "previous", "teacher"]
     previous   those that this device ended its last round of this stage with; in its first round, `start`
     teacher    those of the end of the previous stage
 """
+MOST_INPUT = 1e6
+"""Values of an example lie within +- this: larger ones make losses that no learning rate can mend."""
+MOST_LOSS = 1e6
+"""A mean loss beyond this is no result of training, and an error, as one that is not finite is."""
 LABEL = "label"  # the batch input that holds int64 classes; the other inputs are named by modality
 
 

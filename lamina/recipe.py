@@ -19,7 +19,18 @@ from pydantic import Field, model_validator
 
 from lamina.bounds import MAX_ROUNDS
 from lamina.errors import ConfigError
-from lamina.model import FACTORY, FamilyInput, Name, Objective, Positive
+from lamina.model import (
+    FACTORY,
+    Contrastive,
+    Encoder,
+    FamilyInput,
+    ModelDescription,
+    Name,
+    Objective,
+    Positive,
+    Projection,
+    Supervised,
+)
 from lamina.plan import Calibration, Cohort, Plan, PositiveFloat, SelfTuning, StrategyName, Training
 from lamina.record import Record
 
@@ -47,6 +58,18 @@ class EncoderRecipe(Record):
         if not self.factory and any(value is None for value in (*sizes, self.layers)):
             raise ValueError("give a factory, or input, width, heads and layers of the built-in family")
         return self
+
+    def family_encoder(self, modality: str) -> Encoder:
+        """The encoder of the built-in family that this describes; it has no factory."""
+        assert self.input and self.width and self.heads and self.layers
+        return Encoder(
+            modality=modality,
+            input=self.input,
+            width=self.width,
+            heads=self.heads,
+            layers=self.layers,
+            mlp_ratio=self.mlp_ratio,
+        )
 
 
 class ProjectionRecipe(Record):
@@ -94,13 +117,31 @@ class Recipe(Record):
             raise ValueError("objective says it all: move classes and temperature into it")
         return self
 
+    @property
+    def whole_objective(self) -> Objective:
+        """The objective, in full or by `classes`."""
+        if self.objective is not None:
+            return self.objective
+        return Contrastive(temperature=self.temperature) if self.classes is None else Supervised(classes=self.classes)
+
+    def family_model(self) -> ModelDescription | None:
+        """The model, where no factory has to be called to know it; None where one has."""
+        if any(encoder.factory for encoder in self.encoders.values()):
+            return None
+        return ModelDescription(
+            name=self.name,
+            encoders=tuple(encoder.family_encoder(modality) for modality, encoder in self.encoders.items()),
+            projection=Projection(hidden=self.projection.hidden, output=self.projection.output),
+            objective=self.whole_objective,
+        )
+
 
 def read_recipe(path: Path) -> Recipe | Plan:
     """Reads a plan file by its suffix: .toml, .yaml, .yml or .json.
 
     Raises ConfigError that names the file and the line or the key; for a misspelled key, the nearest right one.
     """
-    values = _parse(path)
+    values = parse_plan_file(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not keys with values; docs/export.md shows a plan file")
     kind: type[Recipe] | type[Plan] = Plan if "stages" in values else Recipe
@@ -112,7 +153,8 @@ def read_recipe(path: Path) -> Recipe | Plan:
     return kind.from_json(text, str(path))
 
 
-def _parse(path: Path) -> Any:
+def parse_plan_file(path: Path) -> Any:
+    """What a plan file holds, by its suffix. Raises ConfigError that names the file and, for what cannot be read, the line."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -12,6 +12,7 @@ from edge_client.split.parts import Parts, Programs
 from edge_client.split.prefix import PrefixStore
 from edge_client.split.transport import SplitTransport
 from lamina.errors import NonFiniteError
+from lamina.names import MOST_LOSS
 from lamina.segments import classifier
 from lamina.split import FUSED, LOGITS, SplitPlan, modality_adapter
 from lamina.split_bodies import pack, unpack
@@ -145,6 +146,8 @@ def _merged(outputs: dict[str, dict[str, Array]]) -> Metrics:
         fused_correct=int(last["fused_correct"]),
     )
     for name, value in (*metrics.loss.items(), (FUSED, metrics.fused_loss)):
-        if value != value or abs(value) == float("inf"):
-            raise NonFiniteError(f"the loss of {name} is {value}; lower the learning rate, or look for extreme values")
+        if not abs(value) <= MOST_LOSS:
+            raise NonFiniteError(
+                f"the loss of {name} is {value:g}, training has diverged; lower the learning rate, or look for extreme values"
+            )
     return metrics

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from lamina.errors import ConfigError, DataError
+from lamina.printable import printable
 
 if TYPE_CHECKING:
     from lamina.data.pack import Options, Report
+    from lamina.model import ModelDescription
 
 T = TypeVar("T", bound=str)
+_WIDEST = 600
 
 data = typer.Typer(
     name="data",
@@ -34,8 +37,12 @@ Kind = Annotated[
     typer.Option(help="Form of the source: folder, arrays, class, coco or advance. Default: seen from the path."),
 ]
 Classes = Annotated[
-    Path | None,
-    typer.Option(help="Class names, one a line; the line's number, from 0, is the class. Default: the names, sorted."),
+    str | None,
+    typer.Option(
+        metavar="FILE|A,B,..",
+        help="Class names: a file with one a line, or separated by commas. Their place, from 0, is the class. Default: the "
+        "names of the source, sorted, if it has all of them.",
+    ),
 ]
 Rename = Annotated[
     list[str] | None,
@@ -104,7 +111,6 @@ def pack(
     and every fault is named with its file, row or index.
     """
     given = dict(locals())
-    from lamina.data.models import load_model
     from lamina.data.pack import classes_path
     from lamina.data.pack import pack as pack_data
 
@@ -112,9 +118,10 @@ def pack(
         raise ConfigError(f"--out {out} must end in .npz")
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; pass --overwrite to replace it (not while a device trains from it)")
-    options = _options(**{name: given[name] for name in _OPTIONS})
+    model = _model(plan)
+    options = _options(model, **{name: given[name] for name in _OPTIONS})
     with _progress("packing") as show:
-        report = pack_data(source, load_model(plan), out, options, skip_bad, show)
+        report = pack_data(source, model, out, options, skip_bad, show)
     _print(report)
     if report.left_out:
         typer.echo(
@@ -155,12 +162,12 @@ def check(
     nothing is written. Warnings do not change the status.
     """
     given = dict(locals())
-    from lamina.data.models import load_model
     from lamina.data.pack import check as check_data
 
-    options = _options(**{name: given[name] for name in _OPTIONS})
+    model = _model(plan)
+    options = _options(model, **{name: given[name] for name in _OPTIONS})
     with _progress("checking") as show:
-        report = check_data(source, load_model(plan), options, show)
+        report = check_data(source, model, options, show)
     _print(report)
     if report.faults.total:
         raise typer.Exit(1)
@@ -171,14 +178,33 @@ def check(
 
 _OPTIONS = (
     *("kind", "classes", "test_share", "all_train", "seed", "rename", "mean", "std", "fit", "rate", "window_ms", "hop_ms"),
-    *("tokenizer", "captions", "images", "test_captions", "test_images", "caption", "max_faults", "plan"),
+    *("tokenizer", "captions", "images", "test_captions", "test_images", "caption", "max_faults"),
 )
 
 
+def _model(plan: Path) -> "ModelDescription":
+    """The model that the data is for. A recipe's factories are called, which needs torch as `lamina export` does."""
+    from lamina.data.models import load_model
+
+    def call_factories(path: Path) -> "ModelDescription":
+        try:
+            from export.recipe import resolve
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{path} says what shape an example has once its model is made, and {error.name} is not installed here: "
+                "give the bundle that `lamina export` made of it, or pip install 'lamina[export]'"
+            ) from error
+        typer.echo(f"making the model of {path}, to see what shape an example has ...", err=True)
+        model: ModelDescription = resolve(str(path), check=False).plan.model
+        return model
+
+    return load_model(plan, call_factories)
+
+
 def _options(
-    plan: Path,
+    model: "ModelDescription",
     kind: str | None,
-    classes: Path | None,
+    classes: str | None,
     test_share: float | None,
     all_train: bool,
     seed: int,
@@ -202,13 +228,11 @@ def _options(
 
     from lamina.data.convert import IMAGES, Settings
     from lamina.data.image import Fit
-    from lamina.data.models import load_model
     from lamina.data.pack import Options
     from lamina.data.sound import SoundSettings
     from lamina.data.sources import KINDS, SourceSettings
     from lamina.data.sources.coco import Caption as CaptionName
 
-    model = load_model(plan)
     if all_train and test_share is not None:
         raise ConfigError("--all-train and --test-share exclude each other")
     if test_share is not None and not 0 < test_share < 1:
@@ -305,14 +329,14 @@ def _print(report: "Report") -> None:
         for split in report.classes:
             counts.add_column(split, justify="right")
         for index, numbers in enumerate(zip(*report.classes.values(), strict=True)):
-            name = f"{index} {report.names[index]}" if report.names else str(index)
+            name = f"{index} {printable(report.names[index])}" if report.names and index < len(report.names) else str(index)
             counts.add_row(name, *(f"{number:,}" for number in numbers))
         console.print(counts)
     for note in report.notes:
-        typer.echo(f"note     {note}")
+        typer.echo(f"note     {printable(note, _WIDEST)}")
     for line in report.warnings.lines():
-        typer.echo(f"warning  {line}")
+        typer.echo(f"warning  {printable(line, _WIDEST)}")
     for line in report.faults.lines():
-        typer.echo(f"fault    {line}")
+        typer.echo(f"fault    {printable(line, _WIDEST)}")
     if report.faults.total:
         typer.echo(f"faults: {report.faults.total}, examples that cannot be used: {report.left_out}")

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from lamina.data.image import Fit, image_values, is_image, read_image
 from lamina.data.items import Array
 from lamina.data.sound import LogMel, SoundSettings, read_wav
+from lamina.data.tables import SUFFIXES, read_numbers, read_text
 from lamina.data.text import open_tokenizer
 from lamina.errors import ConfigError, DataError
 from lamina.model import AnyEncoder, Input, TextTokens
+from lamina.names import MOST_INPUT
 
 IMAGES = ("image_patches", "image")
-TABLES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class _Text(Converter):
 
     def __call__(self, value: Any) -> Array:
         if isinstance(value, Path):
-            value = _read_text(value)
+            _expect_file(value)
+            value = read_text(value)
         if isinstance(value, str):
             if not value.strip():
                 raise DataError("the text is empty")
@@ -100,7 +102,7 @@ class _Numbers(Converter):
 
     def __init__(self, modality: str, form: Input, settings: Settings) -> None:
         super().__init__(form.shape, np.float32)
-        self._kind, self._settings = form.kind, settings
+        self._modality, self._kind, self._settings = modality, form.kind, settings
         self._is_image = form.kind in IMAGES or (form.kind == "values" and len(form.shape) == 3)
         self._mel: LogMel | None = None
         axis = -1 if form.kind == "audio_frames" else 0
@@ -120,7 +122,15 @@ class _Numbers(Converter):
         if not np.isfinite(row).all():
             place = tuple(int(i) for i in np.argwhere(~np.isfinite(row))[0])
             raise DataError(f"value {row[place]} at index {list(place)} is not finite")
-        return (row - self._mean) / self._std if self._is_scaled else row
+        if self._is_scaled:
+            row = (row - self._mean) / self._std
+        if not (np.abs(row) <= MOST_INPUT).all():
+            place = tuple(int(i) for i in np.argwhere(~(np.abs(row) <= MOST_INPUT))[0])
+            raise DataError(
+                f"value {row[place]:g} at index {list(place)} is beyond +-{MOST_INPUT:,.0f}; if it is real, scale all of them: "
+                f"--mean {self._modality}=M --std {self._modality}=S"
+            )
+        return row
 
     def _read(self, path: Path) -> NDArray[np.float32]:
         _expect_file(path)
@@ -132,7 +142,7 @@ class _Numbers(Converter):
                 raise DataError(f"is no readable .npy array of plain numbers: {error}") from error
         if suffix == ".wav":
             return self._sound(path)
-        if suffix in TABLES:
+        if suffix in SUFFIXES:
             return self._table(path)
         return read_image(path, self._image_shape(f"the file {path.name}"), self._settings.fit)
 
@@ -159,7 +169,7 @@ class _Numbers(Converter):
 
     def _table(self, path: Path) -> NDArray[np.float32]:
         """A row for each sample and a column for each channel, turned for sensor windows."""
-        rows = _read_table(path)
+        rows, _ = read_numbers(path)
         return self._array(rows.T if self._kind == "sensor_windows" else rows.reshape(-1) if len(self.shape) == 1 else rows)
 
     def _array(self, value: Any) -> NDArray[np.float32]:
@@ -191,37 +201,13 @@ def _per_channel(option: str, name: str, given: tuple[float, ...], shape: tuple[
 
 
 def _expect_file(path: Path) -> None:
-    if not path.is_file():
-        raise DataError("the file is missing")
-    if not path.stat().st_size:
-        raise DataError("the file has 0 bytes")
-
-
-def _read_text(path: Path) -> str:
-    _expect_file(path)
     try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"is not UTF-8 text: byte {error.object[error.start]:#04x} at {error.start}") from error
-
-
-def _read_table(path: Path) -> NDArray[np.float64]:
-    """Numbers with a line for each row; a first line of names is left out."""
-    separator = "," if path.suffix.lower() == ".csv" else "\t"
-    lines = [line for line in _read_text(path).splitlines() if line.strip()]
-    rows: list[list[float]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append([float(cell) for cell in line.split(separator)])
-        except ValueError as error:
-            if number > 1:
-                raise DataError(f"line {number} is not numbers: {error}") from error
-            continue
-        if len(rows[-1]) != len(rows[0]):
-            raise DataError(f"line {number} has {len(rows[-1])} numbers, the lines before it {len(rows[0])}")
-    if not rows:
-        raise DataError("has no rows of numbers")
-    return np.array(rows)
+        if not path.is_file():
+            raise DataError("the file is missing")
+        if not path.stat().st_size:
+            raise DataError("the file has 0 bytes")
+    except OSError as error:
+        raise DataError(f"the file cannot be read: {error.strerror}") from error
 
 
 def _plain(value: Any) -> Array:

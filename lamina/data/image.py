@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Fit = Literal["stretch", "crop"]
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_MOST_STRETCHED = 100
 
 
 def is_image(value: Any) -> bool:
@@ -44,6 +45,10 @@ def image_values(image: "Image", shape: tuple[int, ...], fit: Fit) -> NDArray[np
     channels, height, width = shape
     if channels not in _MODES:
         raise DataError(f"an image has 1, 3 or 4 channels, the model takes {channels}; make arrays of it yourself")
+    if max(image.size) > _MOST_STRETCHED * min(image.size):
+        raise DataError(
+            f"has {image.size[0]} x {image.size[1]} pixels; one side is more than {_MOST_STRETCHED} times the other"
+        )
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise DataError(f"has pixels of mode {image.mode!r}, whose range is not known; save 8 or 16 bits for each channel")

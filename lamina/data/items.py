@@ -1,5 +1,7 @@
 """What a source gives: examples that name their values and do not hold them yet, where that can be helped."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from lamina.data.faults import Faults
 
 Array = NDArray[Any]
+_INTEGER = re.compile(r"[+-]?\d{1,400}(\.0*)?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,8 @@ class Source(Protocol):
         ...
 
     @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Sorted names, where labels are names and not indices."""
+    def labels(self) -> Counter[str] | None:
+        """How often each label stands there, without blanks around it; None where labels are no texts, or unknown."""
         ...
 
     def count(self) -> int | None:
@@ -50,20 +53,15 @@ class Source(Protocol):
         ...
 
 
-def sorted_names(labels: set[str]) -> tuple[str, ...] | None:
-    """Class names in order; None if all labels are integers, which are indices: sorted as names, 10 would come before 2."""
-    return None if all(as_int(label) is not None for label in labels) else tuple(sorted(labels))
-
-
 def as_int(value: Any) -> int | None:
-    """The integer that `value` is, be it a number of numpy, a float such as 3.0 or a text such as "3"; otherwise None."""
+    """The integer that `value` is: a number of numpy, a float such as 3.0 or a text such as "3" or "3.0"; otherwise None."""
     if isinstance(value, str):
         text = value.strip()
-        return int(text) if text.removeprefix("-").isdecimal() and text.isascii() else None
+        return int(text.partition(".")[0]) if _INTEGER.fullmatch(text) else None
     if isinstance(value, bool | np.bool_):
         return None
     try:
         number = float(np.asarray(value).item())
         return int(number) if number.is_integer() else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -1,27 +1,60 @@
-"""Which model the data is for: read from a plan, or from the bundle that was made of it."""
+"""Which model the data is for: read from a plan file, or from the bundle that was made of it."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from lamina.bundle import MANIFEST
 from lamina.errors import ConfigError
 from lamina.manifest import Manifest
 from lamina.model import ModelDescription
 from lamina.plan import Plan
-from lamina.recipe import read_recipe
+from lamina.recipe import parse_plan_file, read_recipe
+from lamina.record import explain
+from lamina.split import SplitPlan
+from lamina.split_manifest import SplitManifest
+
+CallFactories = Callable[[Path], ModelDescription]
 
 
-def load_model(path: Path) -> ModelDescription:
-    """The model of a whole plan file, of a bundle folder, or of a bundle's manifest.json.
+def load_model(path: Path, call_factories: CallFactories | None = None) -> ModelDescription:
+    """The model of a plan file, a bundle folder or a bundle's manifest.json, of split training too.
 
-    Only the manifest of a bundle is read, not its blobs. Raises ConfigError for anything else.
+    Only the manifest of a bundle is read, not its blobs. The shapes of one's own modules are known only where they are made: a
+    recipe that names some is handed to `call_factories`. Raises ConfigError for anything else.
     """
     if path.is_dir():
         if not (path / MANIFEST).is_file():
             raise ConfigError(f"{path} is a folder without {MANIFEST}, so it is no bundle; --for takes a plan file or a bundle")
-        return Manifest.from_file(path / MANIFEST).plan.model
+        return _of_manifest(path / MANIFEST)
     if path.name == MANIFEST:
-        return Manifest.from_file(path).plan.model
-    found = read_recipe(path)
-    if isinstance(found, Plan):
-        return found.model
-    raise ConfigError(f"{path} does not say yet what shape an example has: give the bundle that `lamina export` made of it")
+        return _of_manifest(path)
+    values = parse_plan_file(path)
+    if isinstance(values, dict) and "stages" not in values and isinstance(values.get("encoders"), list):
+        return SplitPlan.from_json(json.dumps(values), str(path)).model
+    plan = read_recipe(path)
+    if isinstance(plan, Plan):
+        return plan.model
+    try:
+        model = plan.family_model()
+    except ValidationError as error:
+        raise ConfigError(f"the model of {path}: {explain(error)}") from error
+    if model is not None:
+        return model
+    if call_factories is None:
+        raise ConfigError(f"{path} does not say yet what shape an example has: give the bundle that `lamina export` made of it")
+    return call_factories(path)
+
+
+def _of_manifest(path: Path) -> ModelDescription:
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no manifest: {error}") from error
+    if isinstance(values, dict) and values.get("kind") == "split":
+        return SplitManifest.from_file(path).plan.model
+    return Manifest.from_file(path).plan.model

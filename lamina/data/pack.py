@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.data.classes import Classes, choose_classes
+from lamina.data.classes import Classes, choose_classes, read_names
 from lamina.data.convert import Converter, Settings, make_converter
 from lamina.data.faults import Faults
 from lamina.data.items import Array, Item, Source
@@ -81,7 +81,7 @@ class Options:
     kind: Kind | None = None
     source: SourceSettings = field(default_factory=SourceSettings)
     convert: Settings = field(default_factory=Settings)
-    classes: Path | None = None
+    classes: str | Path | tuple[str, ...] | None = None
     test_share: float | None = 0.2
     seed: int = 0
     max_faults: int = 20
@@ -97,7 +97,8 @@ def pack(
 ) -> Report:
     """Writes `out`, and `<out>.classes.txt` where labels are names. With `skip_bad`, faulty examples are left out.
 
-    Raises DataError that lists the faults, and writes nothing, if there are any and `skip_bad` is not set.
+    Raises DataError that lists the faults, and writes nothing, if there are any and `skip_bad` is not set, or if class names
+    cannot be put in order.
     """
     options = options or Options()
     kind = options.kind or find_kind(source, options.source)
@@ -106,11 +107,15 @@ def pack(
     shapes = {name: converter.shape for name, converter in scan.converters.items()}
     with Writer(out, dtypes, shapes) as writer:
         report = scan.run(on_progress, writer, skip_bad)
-        if report.faults.total and not skip_bad:
+        has_order = scan.classes is None or not scan.classes.mismatch
+        if report.faults.total and not (skip_bad and has_order):
             lines = "\n".join(f"  {line}" for line in report.faults.lines())
-            raise DataError(
-                f"{source} has {report.faults.total} faults; mend them, or leave such examples out with --skip-bad:\n{lines}"
+            way_out = (
+                "mend them, or leave such examples out with --skip-bad"
+                if has_order
+                else "the first keeps all from being packed"
             )
+            raise DataError(f"{source} has {report.faults.total} faults; {way_out}:\n{lines}")
         if not report.examples.get("train"):
             first = f"; the first fault: {report.faults.kept[0]}" if report.faults.kept else ""
             raise DataError(f"{source} has no good training example{first}")
@@ -151,8 +156,11 @@ class _Scan:
         self._source, self._options = source, options
         self.converters: dict[str, Converter] = {e.modality: make_converter(e, options.convert) for e in model.encoders}
         self.classes: Classes | None = None
-        if model.objective.kind == "supervised":
-            self.classes = choose_classes(model.objective.classes, source.class_names, options.classes)
+        if model.labels is not None:
+            names = options.classes
+            if isinstance(names, str | Path):
+                names = read_names(names)
+            self.classes = choose_classes(model.labels, source.labels, names)
         self.labels = array("q")
         self.is_test: NDArray[np.bool_] = np.zeros(0, bool)
         self._names: list[str] = []
@@ -168,6 +176,8 @@ class _Scan:
         columns = {name: Column(c.shape, str(c.dtype)) for name, c in self.converters.items()}
         report = Report(self._source.words, columns, faults, warnings, names=self.classes.names if self.classes else None)
         total, bad = self._source.count(), 0
+        if self.classes is not None and self.classes.mismatch:
+            faults.add(self._source.words, self.classes.mismatch)
         for done, item in enumerate(self._source.items(faults), start=1):
             rows = self._take(item, faults, warnings)
             if rows is None:

@@ -23,6 +23,8 @@ FLOOR = 1e-6
 _CROSSINGS = 16
 _BLOCK = 4096
 _LONGEST_PADDING = 8192
+MOST_RATE = 768_000
+_LEAST_RATE = 1000
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ def read_wav(path: Path, rate: int, samples: int) -> tuple[NDArray[np.float32], 
                 raise DataError(
                     f"has {8 * width} bits for each sample, 16 are expected: ffmpeg -i {path.name} -sample_fmt s16 new.wav"
                 )
+            if not _LEAST_RATE <= own_rate <= MOST_RATE:
+                raise DataError(f"says that it has {own_rate} samples a second; {_LEAST_RATE} to {MOST_RATE} are possible")
             wanted = min(frames, -(-samples * own_rate // rate) + _CROSSINGS * max(1, -(-own_rate // rate)) + 1)
             data = file.readframes(wanted)
     except (wave.Error, EOFError) as error:

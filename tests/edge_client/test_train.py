@@ -150,6 +150,16 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_parameters(bench):
         model.gradients(reader(inputs["train"]), range(4))
 
 
+def test_a_loss_that_no_training_gives_is_an_error_and_no_result(bench):
+    """Finite in float32, and still the sign of diverged training or of values that a check should have refused."""
+    start, inputs = bench
+    for role, compute in (("train", "gradients"), ("eval", "evaluate")):
+        model = start(role)
+        model.parameters *= 1e5
+        with pytest.raises(NonFiniteError, match="beyond 1,000,000: training has diverged"):
+            getattr(model, compute)(reader(inputs["train"]), range(4))
+
+
 def test_every_example_is_seen_once_in_an_epoch():
     seen = [index for batch in batches(shuffled(21, shuffler(JOB)), JOB) for index in batch]
     assert sorted(seen) == list(range(21))

@@ -134,8 +134,8 @@ def test_a_split_that_is_none_is_named(tmp_path):
 
 def test_class_names_need_one_name_for_each_class_or_a_list(tmp_path):
     folder, names = table(tmp_path / "d", [("a.png", "cat"), ("b.png", "dog")]), tmp_path / "names.txt"
-    with pytest.raises(DataError, match=r"has 2 class names \(cat, dog\), the model 3 classes: .*--classes FILE"):
-        check(str(folder), make_model(PICTURE, classes=3), ALL_TRAIN)
+    (fault,) = faults_of(folder, make_model(PICTURE, classes=3))
+    assert re.search(r"has 2 class names \(cat, dog\), the model 3 classes: .*--classes FILE", fault)
     names.write_text("bird\ncat\n\ndog\n")
     report = check(str(folder), make_model(PICTURE, classes=3), Options(test_share=None, classes=names))
     assert report.classes["train"] == [0, 1, 1]
@@ -145,10 +145,87 @@ def test_class_names_need_one_name_for_each_class_or_a_list(tmp_path):
     report = check(str(folder), make_model(PICTURE, classes=3), Options(test_share=None, classes=names))
     assert report.faults.lines() == ["examples.csv line 3 (b.png): label 'dog' is not among the 3 classes: bird, cat, fish"]
     names.write_text("bird\ncat\n")
-    with pytest.raises(DataError, match="names 2 classes, the model has 3"):
+    with pytest.raises(DataError, match=r"2 classes are named \(bird, cat\), the model has 3"):
         check(str(folder), make_model(PICTURE, classes=3), Options(classes=names))
-    with pytest.raises(DataError, match="has 3 class names, the model 2 classes: x, y, z"):
-        check(str(table(tmp_path / "d", [("a.png", "x"), ("b.png", "y"), ("b.png", "z")])), make_model(PICTURE), ALL_TRAIN)
+    with pytest.raises(DataError, match="the class 'a' is named twice"):
+        check(str(folder), make_model(PICTURE, classes=2), Options(classes="a,a"))
+    report = check(str(folder), make_model(PICTURE, classes=3), Options(test_share=None, classes="bird,cat,dog"))
+    assert report.classes["train"] == [0, 1, 1]
+
+
+def test_names_that_are_too_many_are_named_with_their_row_and_hide_no_other_fault(tmp_path):
+    rows = [("a.png", "x"), ("b.png", "y"), ("a.png", "x"), ("none.png", "y"), ("b.png", "z")]
+    folder, model = table(tmp_path / "d", rows), make_model(PICTURE)
+    found = faults_of(folder, model)
+    assert "the source has 3 class names (x, y, z), the model 2 classes" in found[0]
+    assert found[1:] == [
+        "examples.csv line 4 (a.png): is the same example as examples.csv line 2 (a.png)",
+        "examples.csv line 5 (none.png): image none.png: the file is missing",
+        "examples.csv line 6 (b.png): label 'z' is one name too many: the model has 2 classes, and others are more frequent",
+        "examples.csv line 6 (b.png): is the same example as examples.csv line 3 (b.png)",
+    ]
+    with pytest.raises(DataError, match="5 faults; the first keeps all from being packed"):
+        pack(str(folder), model, tmp_path / "out.npz", ALL_TRAIN, skip_bad=True)
+    assert not (tmp_path / "out.npz").exists()
+
+
+def labelled(folder, labels):
+    for index in range(len(labels)):
+        write_image(folder / f"{index}.png", seed=index)
+    return write_table(folder, ("file", "label"), [(f"{index}.png", label) for index, label in enumerate(labels)])
+
+
+@pytest.mark.parametrize("stray", ["?", "nan", "NaN", "", "cat", "3.5", "1e1", "inf", "-", "None", "n/a", "0x1", "1_0", "½"])
+def test_a_stray_word_among_integers_is_a_fault_of_its_line_and_makes_no_names(tmp_path, stray):
+    report = check(str(labelled(tmp_path / "d", [*range(11), stray])), make_model(PICTURE, classes=12), ALL_TRAIN)
+    (fault,) = report.faults.lines()
+    assert fault.startswith("examples.csv line 13 (11.png): ") and ("integer" in fault or "has no label" in fault)
+    assert report.names is None and report.classes["train"] == [1] * 11 + [0]
+
+
+@pytest.mark.parametrize(("label", "index"), [(" 7 ", 7), ("3.0", 3), ("+2", 2), ("007", 7), ("4.", 4)])
+def test_an_integer_may_be_written_in_several_ways(tmp_path, label, index):
+    report = check(str(labelled(tmp_path / "d", [0, label])), make_model(PICTURE, classes=9), ALL_TRAIN)
+    assert not report.faults.total and report.classes["train"][index] == 1
+
+
+@pytest.mark.parametrize("label", ["-1", "12", "9" * 300, "9" * 5000, "-0.5"])
+def test_an_integer_that_is_no_class_is_a_fault_and_no_crash(tmp_path, label):
+    (fault,) = faults_of(labelled(tmp_path / "d", [0, label]), make_model(PICTURE, classes=9))
+    assert "line 3" in fault and len(fault) < 300
+
+
+@pytest.mark.parametrize("stray", ["nan", "?", "", "3", "cat", "Dog", "a" * 101, "d\x07g", "dog\u200b"])
+def test_among_names_a_word_for_nothing_a_number_or_another_spelling_is_a_fault(tmp_path, stray):
+    labels = ["Cat", "dog", "Cat", "dog", stray]
+    report = check(str(labelled(tmp_path / "d", labels)), make_model(PICTURE, classes=2), ALL_TRAIN)
+    assert [fault for fault in report.faults.lines() if "line 6" in fault]
+    assert report.names == ("Cat", "dog") and report.classes["train"] == [2, 2]
+
+
+def test_indices_go_with_names_that_are_given_but_are_not_mixed_with_them(tmp_path):
+    options = Options(test_share=None, classes="cat,dog")
+    report = check(str(labelled(tmp_path / "a", [0, 1, 1])), make_model(PICTURE), options)
+    assert not report.faults.total and report.classes["train"] == [1, 2]
+    report = check(str(labelled(tmp_path / "b", ["cat", "dog", 1])), make_model(PICTURE), options)
+    assert report.faults.lines() == ["examples.csv line 4 (2.png): label '1' is not among the 2 classes: cat, dog"]
+
+
+def test_labels_of_arrays_follow_the_same_rules(tmp_path):
+    texts = np.array(["0", "1", "nan", "x"])
+    assert len(faults_of(save(tmp_path, motion=WINDOWS, label=texts), make_model(MOTION, classes=3))) == 2
+    for labels in ([True, False, True, True], [0.0, np.nan, 1.0, 1.0]):
+        assert faults_of(save(tmp_path, motion=WINDOWS, label=labels), make_model(MOTION))
+
+
+def test_pairs_with_classes_have_labels_too(tmp_path):
+    model = make_model(MOTION, TEXT, classes=0)
+    model = model.model_copy(update={"objective": model.objective.model_copy(update={"classes": 2})})
+    arrays = {"motion": WINDOWS, "text": np.arange(24).reshape(4, 6)}
+    with pytest.raises(DataError, match="no array 'label'"):
+        check(str(save(tmp_path, **arrays)), model)
+    pack(str(save(tmp_path, **arrays, label=[0, 1, 0, 1])), model, tmp_path / "out.npz", ALL_TRAIN)
+    assert values(opened(tmp_path / "out.npz", model, tmp_path / "s"), "train", "label").tolist() == [0, 1, 0, 1]
 
 
 def save(tmp_path, **arrays):
@@ -163,6 +240,7 @@ def spoiled(array, place, value):
 
 
 WINDOWS = np.random.default_rng(0).normal(size=(4, 2, 8))
+BEYOND = "is beyond +-1,000,000; if it is real, scale all of them: --mean motion=M --std motion=S"
 
 
 @pytest.mark.parametrize(
@@ -170,6 +248,9 @@ WINDOWS = np.random.default_rng(0).normal(size=(4, 2, 8))
     [
         ({"motion": spoiled(WINDOWS, (2, 1, 3), np.nan)}, "motion[2]: motion: value nan at index [1, 3] is not finite"),
         ({"motion": spoiled(WINDOWS, (2, 1, 3), 1e300)}, "motion[2]: motion: value inf at index [1, 3] is not finite"),
+        ({"motion": spoiled(WINDOWS, (2, 1, 3), 1e36)}, f"motion[2]: motion: value 1e+36 at index [1, 3] {BEYOND}"),
+        ({"motion": spoiled(WINDOWS, (0, 0, 0), -1.1e6)}, f"motion[0]: motion: value -1.1e+06 at index [0, 0] {BEYOND}"),
+        ({"label": np.array([0, 1, 2**62, 0])}, f"motion[2]: label {2**62} is outside of 0..1"),
         ({"label": [0, 1, 0.5, 0]}, "motion[2]: label 0.5 is not an integer; expected one in 0..1"),
         ({"label": [0, 1, -1, 0]}, "motion[2]: label -1 is outside of 0..1"),
         ({"motion": WINDOWS[:3]}, "in.npz: arrays of unequal length: motion 3, label 4 rows"),
@@ -293,7 +374,15 @@ def test_a_file_of_another_sort_than_the_input_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("1,2\n3,x\n", "line 2 is not numbers"), ("1,2\n3\n", "line 2 has 1 numbers"), ("a,b\n", "no rows of numbers")],
+    [
+        ("1,2\n3,x\n", "line 2 is not numbers"),
+        ("1,x\n3,4\n", "line 1 is not numbers: 'x'"),
+        ("1,2\n3\n", "line 2 has 1 numbers"),
+        ("a,b\n", "no rows of numbers"),
+        ("1,5;2,5\n1.5;2\n", "line 2 has a number with a comma, others have points"),
+        ("1.000,5;2\n", "line 1 is not numbers: '1.000,5'"),
+        ("1;2\n1.000,5;2\n", "line 2 is not numbers: '1.000,5'"),
+    ],
 )
 def test_a_table_of_sensor_values_is_read_with_care(tmp_path, content, words):
     (tmp_path / "d").mkdir()
@@ -437,3 +526,36 @@ def test_a_packed_file_has_no_faults_exactly_when_a_device_takes_it(tmp_path, ar
         is_good = False
 
     assert is_good == is_taken
+
+
+def test_values_that_are_scaled_into_the_bound_are_taken(tmp_path):
+    big = save(tmp_path, motion=WINDOWS * 1e9, label=[0, 1, 0, 1])
+    assert len(faults_of(big, make_model(MOTION))) == 4
+    assert faults_of(big, make_model(MOTION), Options(test_share=None, convert=Settings(std={"motion": (1e9,)}))) == []
+
+
+@pytest.mark.parametrize("value", [1e36, -2e6, 3.4e38])
+def test_a_device_refuses_extreme_values_as_the_check_does(tmp_path, value):
+    path = save(tmp_path, **GOOD | {"test_motion": spoiled(WINDOWS[:2], (1, 0, 4), value).astype(np.float32)})
+    with pytest.raises(DataError, match=r"'test_motion': value .* at index \[1, 0, 4\] is beyond \+-1,000,000"):
+        opened(path, make_model(MOTION), tmp_path / "s")
+    assert "test_motion[1]" in faults_of(path, make_model(MOTION))[0]
+
+
+def test_an_image_that_is_a_line_and_a_sound_of_no_rate_are_refused(tmp_path):
+    Pillow.new("L", (100_000, 1)).save(tmp_path / "line.png")
+    write_table(tmp_path, ("file", "label"), [("line.png", 1)])
+    assert "has 100000 x 1 pixels" in faults_of(tmp_path, make_model(GREY))[0]
+    for index, rate in enumerate((4_000_000_000, 1)):
+        path = tmp_path / str(index) / "x.wav"
+        write_sound(path)
+        data = bytearray(path.read_bytes())
+        data[24:28] = rate.to_bytes(4, "little")
+        path.write_bytes(data)
+        write_table(path.parent, ("file", "label"), [("x.wav", 1)])
+        assert f"says that it has {rate} samples a second" in faults_of(path.parent, make_model(WAVEFORM))[0]
+
+
+def test_a_path_that_no_disk_takes_is_a_fault(tmp_path):
+    (found,) = faults_of(write_table(tmp_path / "d", ("file", "label"), [("x" * 5000, 1)]), make_model(PICTURE))
+    assert "the file cannot be read: File name too long" in found

@@ -11,6 +11,7 @@ from lamina.data.sources.coco import Caption, CocoSource
 from lamina.data.sources.folder import FolderSource
 from lamina.data.sources.paired import PairedSource
 from lamina.data.sources.python_class import NAME, ClassSource
+from lamina.data.tables import SUFFIXES
 from lamina.errors import DataError
 from lamina.model import ModelDescription
 
@@ -43,11 +44,11 @@ def find_kind(source: str, settings: SourceSettings) -> Kind:
     if path.is_file():
         if path.suffix in (".npz", ".npy"):
             return "arrays"
-        if path.suffix in (".csv", ".tsv"):
+        if path.suffix.lower() in SUFFIXES:
             return "folder"
         raise DataError(f"{source} is no source: files are .npz, .npy, .csv, .tsv or .json (captions)")
-    endings = {entry.suffix for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")}
-    if endings & {".csv", ".tsv"}:
+    endings = {entry.suffix.lower() for entry in path.iterdir() if entry.is_file() and not entry.name.startswith(".")}
+    if endings & set(SUFFIXES):
         return "folder"
     if ".npy" in endings:
         return "arrays"

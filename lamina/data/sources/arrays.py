@@ -6,13 +6,14 @@ read row by row, so they may be larger than the memory.
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lamina.data.faults import Faults
-from lamina.data.items import Array, Item, sorted_names
+from lamina.data.items import Array, Item
 from lamina.data.npy_stream import NpyStream, open_npz
 from lamina.errors import DataError
 from lamina.model import ModelDescription
@@ -31,7 +32,7 @@ class ArraySource:
         self._names = {modality: names.get(modality, modality) for modality in model.modalities}
         self._arrays = _open_arrays(path, self._names)
         self._is_split = any(name.startswith("train_") for name in self._arrays)
-        needed = [*self._names.values(), *([LABEL] if model.objective.kind == "supervised" else [])]
+        needed = [*self._names.values(), *([LABEL] if model.labels is not None else [])]
         self._prefixes: tuple[str, ...] = ("",)
         if self._is_split:
             # A device takes any test array for a promise of all of them.
@@ -49,11 +50,11 @@ class ArraySource:
         return f"arrays in {self._path}"
 
     @property
-    def class_names(self) -> tuple[str, ...] | None:
+    def labels(self) -> Counter[str] | None:
         labels = [self._arrays[prefix + LABEL] for prefix in self._prefixes if prefix + LABEL in self._arrays]
         if not labels or all(stream.dtype.kind not in "US" for stream in labels):
             return None
-        return sorted_names({str(_scalar(row)) for stream in labels for row in stream.rows()})
+        return Counter(str(_scalar(row)).strip() for stream in labels for row in stream.rows())
 
     def count(self) -> int | None:
         return sum(len(self._arrays[prefix + next(iter(self._names.values()))]) for prefix in self._prefixes)
@@ -100,7 +101,7 @@ class ArraySource:
             if modality is not None:
                 form = self._model.encoder(modality).input
                 dtype, shape = "int64" if form.kind == "text_tokens" else "float32", form.shape
-            elif name != LABEL or self._model.objective.kind != "supervised":
+            elif name != LABEL or self._model.labels is None:
                 continue
             if stream.dtype != np.dtype(dtype):
                 faults.add(stream.source, f"has dtype {stream.dtype}, a device takes {dtype}; `lamina data pack` casts it")

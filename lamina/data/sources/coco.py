@@ -39,8 +39,8 @@ class CocoSource:
             raise DataError(
                 f"COCO captions have one image and one text, the model also takes {other[0]!r}: bring a table instead"
             )
-        if model.objective.kind == "supervised":
-            raise DataError("COCO captions have no labels, and the model's objective is supervised: bring a table with labels")
+        if model.labels is not None:
+            raise DataError("COCO captions have no labels, and the model's objective needs them: bring a table with labels")
         self._image, self._text = next(iter(images), None), next(iter(texts), None)
         self._caption, self._seed = caption, seed
         folder = root.parent if root.is_file() else root
@@ -59,7 +59,7 @@ class CocoSource:
         return f"COCO captions {', '.join(str(captions) for captions, *_ in self._parts)}, caption {self._caption}"
 
     @property
-    def class_names(self) -> tuple[str, ...] | None:
+    def labels(self) -> Counter[str] | None:
         return None
 
     def count(self) -> int | None:

@@ -6,12 +6,13 @@ underscore; what comes from one recording stays in one split.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lamina.data.convert import IMAGES
 from lamina.data.faults import Faults
-from lamina.data.items import Item, sorted_names
+from lamina.data.items import Item
 from lamina.errors import DataError
 from lamina.model import ModelDescription
 
@@ -37,8 +38,8 @@ class PairedSource:
         return f"class folders in {', '.join(str(folder) for folder in self._folders.values())}{grouped}"
 
     @property
-    def class_names(self) -> tuple[str, ...] | None:
-        return sorted_names({label for label, _ in self._keys})
+    def labels(self) -> Counter[str] | None:
+        return Counter(label.strip() for label, _ in self._keys)
 
     def count(self) -> int | None:
         return len(self._keys)

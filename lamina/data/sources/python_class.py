@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class ClassSource:
         return f"Python class {self._name}"
 
     @property
-    def class_names(self) -> tuple[str, ...] | None:
+    def labels(self) -> Counter[str] | None:
         return None
 
     def count(self) -> int | None:
