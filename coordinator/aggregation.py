@@ -15,13 +15,16 @@ from coordinator.calibration import apply_calibration, due_calibrations
 from coordinator.evaluating import begin_evaluation
 from coordinator.house import House
 from coordinator.modalities import from_text
-from coordinator.rounds import advance
+from coordinator.rounds import advance, fail
 from coordinator.tables import RoundRow, RunRow, UpdateRow
 from coordinator.weights import name_weights, put_segments, read_weights
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, StoreError
 from lamina.files import raise_if_full
 
 log = logging.getLogger("lamina.coordinator")
+
+ATTEMPTS = 3
+"""So often is a round aggregated that fails for a reason which cannot pass, such as a damaged file; then its run fails."""
 
 
 class Aggregator:
@@ -30,11 +33,13 @@ class Aggregator:
     def __init__(self, house: House) -> None:
         self._house = house
         self._busy = threading.Lock()
+        self._hopeless: dict[int, int] = {}
+        """How often a round (by row id) failed for a reason that will not pass by itself."""
 
     def run_due(self) -> None:
         """Returns at once if another thread is at it: that one looks again before it stops.
 
-        A failure is logged, told in the status, and tried again at the next call.
+        A failure is logged, told in the status, and tried again at the next call; one that cannot pass ends the run.
         """
         if not self._busy.acquire(blocking=False):
             return
@@ -50,21 +55,43 @@ class Aggregator:
     def _due(self) -> set[tuple[str, int]]:
         """What is to be done, and for which round (by row id)."""
         with self._house.database.read() as session:
-            aggregating = session.scalars(select(RoundRow.id).where(RoundRow.phase == "aggregating")).all()
+            aggregating = session.scalars(
+                select(RoundRow.id)
+                .join(RunRow, RunRow.number == RoundRow.run_number)
+                .where(RoundRow.phase == "aggregating", RunRow.halt.in_(("", "paused")))
+            ).all()
             due = {("aggregation", round_id) for round_id in aggregating}
             return due | {("calibration", round_id) for round_id in due_calibrations(session)}
 
     def _attempt(self, work: str, round_id: int) -> None:
+        house = self._house
         try:
             if work == "aggregation":
-                aggregate_round(self._house, round_id)
+                aggregate_round(house, round_id)
             else:
-                apply_calibration(self._house, round_id)
-            self._house.trouble.pop(round_id, None)
-            self._house.variants.remove_outdated(self._house.manifest)
-        except (LaminaError, OSError) as error:
-            self._house.trouble[round_id] = _as_lamina(error, self._house).message
+                apply_calibration(house, round_id)
+            house.trouble.pop(round_id, None)
+            self._hopeless.pop(round_id, None)
+            house.variants.remove_outdated(house.manifest)
+        except Exception as error:
+            reason = _as_lamina(error, house).message
+            house.trouble[round_id] = reason
             log.error("%s of round id %d failed", work, round_id, exc_info=error)
+            if not _may_pass(error):
+                self._hopeless[round_id] = self._hopeless.get(round_id, 0) + 1
+            if self._hopeless.get(round_id, 0) >= ATTEMPTS:
+                del self._hopeless[round_id]
+                fail_round(house, round_id, f"the {work} failed {ATTEMPTS} times: {reason}")
+
+
+def fail_round(house: House, round_id: int, reason: str) -> None:
+    """Ends the run of a round that cannot be aggregated."""
+    now = house.clock()
+    with house.database.write() as session:
+        row = session.get_one(RoundRow, round_id)
+        run = session.get_one(RunRow, row.run_number)
+        if not run.has_ended:
+            fail(session, run, f"round {row.round} of stage {row.stage}: {reason}", now)
 
 
 def aggregate_round(house: House, round_id: int) -> None:
@@ -130,11 +157,20 @@ def remove_leftovers(house: House) -> None:
             path.unlink()
 
 
-def _as_lamina(error: LaminaError | OSError, house: House) -> LaminaError:
+def _may_pass(error: Exception) -> bool:
+    """Whether the same attempt may succeed later, as with a full disk. A damaged file stays damaged."""
+    if isinstance(error, LaminaError):
+        return isinstance(error, StoreError)
+    return isinstance(error, OSError | MemoryError) and not isinstance(error, FileNotFoundError)
+
+
+def _as_lamina(error: Exception, house: House) -> LaminaError:
     if isinstance(error, LaminaError):
         return error
+    if not isinstance(error, OSError):
+        return LaminaError(f"{type(error).__name__}: {error}")
     try:
         raise_if_full(error, house.settings.blobs / "any")
     except LaminaError as full:
         return full
-    return LaminaError(f"{type(error).__name__}: {error.strerror}")
+    return LaminaError(f"{type(error).__name__}: {error.strerror} {error.filename or ''}".rstrip())

@@ -10,13 +10,14 @@ from starlette.concurrency import run_in_threadpool
 
 from coordinator import bodies, check_in, devices, downloads, evaluations, publish, rounds, signatures, status, updates
 from coordinator.aggregation import Aggregator, remove_leftovers
-from coordinator.house import Clock, House
+from coordinator.house import House
 from coordinator.incoming import Incoming
 from coordinator.problems import install
 from coordinator.settings import Settings
 from coordinator.slots import Address
 from coordinator.split.routes import split_routes
 from coordinator.split.runtime import Runtime
+from coordinator.timeline import Clock
 from lamina.bounds import MAX_COUNT
 from lamina.errors import ProtocolError
 from lamina.record import Record
@@ -27,18 +28,21 @@ Authorization = Annotated[str | None, Header()]
 Index = Annotated[int, Path(ge=0, le=MAX_COUNT)]
 
 
-def create_app(settings: Settings, clock: Clock = time.time, split: Runtime | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, clock: Clock = time.time, split: Runtime | None = None, steady: Clock | None = None
+) -> FastAPI:
     """The coordinator on the state folder of `settings`; with `split`, it serves split training and runs its half on that.
 
     Raises StoreError or ConfigError if the folder cannot be opened.
     """
-    house = House(settings, clock)
+    house = House(settings, clock, steady)
     aggregator = Aggregator(house)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         # What a crash interrupted is finished before the first device is answered.
-        await run_in_threadpool(rounds.advance_all, house, house.clock())
+        await run_in_threadpool(rounds.mend_all, house)
+        await run_in_threadpool(rounds.advance_all, house)
         await run_in_threadpool(aggregator.run_due)
         await run_in_threadpool(remove_leftovers, house)
         await run_in_threadpool(house.variants.remove_outdated, house.manifest)
@@ -110,7 +114,7 @@ def create_app(settings: Settings, clock: Clock = time.time, split: Runtime | No
     @app.get("/v1/runs/{run}")
     def run_status(_: Known, run: str, later: BackgroundTasks) -> Response:
         # Time may have closed a round since the last device asked; whoever looks sees it closed.
-        rounds.advance_all(house, house.clock())
+        rounds.advance_all(house)
         later.add_task(aggregator.run_due)
         return _json(status.run_status(house, run))
 

@@ -66,7 +66,12 @@ def due_calibrations(session: Session) -> set[int]:
         session.scalars(
             select(RoundRow.id)
             .join(CalibrationRow, CalibrationRow.round_id == RoundRow.id)
-            .where(RoundRow.phase == "calibrating", CalibrationRow.body_sha256.is_not(None))
+            .join(RunRow, RunRow.number == RoundRow.run_number)
+            .where(
+                RoundRow.phase == "calibrating",
+                CalibrationRow.body_sha256.is_not(None),
+                RunRow.halt.in_(("", "paused")),
+            )
         )
     )
 

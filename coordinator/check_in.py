@@ -7,9 +7,10 @@ from coordinator.calibration import take_calibration, why_not_calibrate
 from coordinator.devices import get_device, remember
 from coordinator.house import House
 from coordinator.modalities import largest_set, to_text
-from coordinator.rounds import advance, current_round, get_run, open_runs, places
-from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
+from coordinator.rounds import advance, current_round, get_run, open_runs, paused_runs, places
+from coordinator.tables import CalibrationRow, DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from coordinator.terms import agree
+from coordinator.timeline import lease_of, tenure_of
 from coordinator.waiting import describe
 from lamina.manifest import Manifest
 from lamina.wire import Assignment, CheckIn, Refused, Wait
@@ -29,9 +30,11 @@ def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait
     """The answer, with the float32 blobs of the weights."""
     now = house.clock()
     with house.database.write() as session:
+        house.clock.forget_presence(session)
+        house.clock.store(session, now)
         device = get_device(session, device_id)
-        candidates = [get_run(session, facts.run)] if facts.run else open_runs(session)
-        candidates = [run for run in candidates if not run.is_finished]
+        asked_for = get_run(session, facts.run) if facts.run else None
+        candidates = [asked_for] if asked_for else [*open_runs(session), *paused_runs(session)]
         if facts.role == "calibrator" and not device.is_trusted:
             return Refused(
                 detail="a calibrator changes all layers by itself, so it enrols with the admin token: give --token-file "
@@ -39,6 +42,8 @@ def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait
             )
         misfits: list[str] = []
         for run in candidates:
+            if run.has_ended:
+                continue
             misfit = why_not(house.manifest(run.manifest), facts)
             if misfit:
                 misfits.append(f"{run.id} {misfit}")
@@ -46,12 +51,12 @@ def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait
             remember(house, device, run, facts, now)
             session.flush()  # so that the count of devices that are here has this one
             advance(house, session, run, now)
-            if not run.is_finished:
+            if not run.has_ended:
                 return offer(house, session, run, device, facts, now)
         remember(house, device, None, facts, now)
         if misfits:
             return Refused(detail="; ".join(misfits))
-        detail = f"{facts.run} is finished" if facts.run else "no run is open; publish one with `lamina publish`"
+        detail = describe(house, session, asked_for, now) if asked_for else "no run is open; publish one with `lamina publish`"
         return _wait(house, "no_run", detail)
 
 
@@ -72,6 +77,8 @@ def why_not(manifest: Manifest, facts: CheckIn) -> str | None:
 def offer(house: House, session: Session, run: RunRow, device: DeviceRow, facts: CheckIn, now: float) -> Assignment | Wait:
     """The device's work in the round where the run stands; a calibrator's is the calibration and nothing else."""
     row = current_round(session, run)
+    if run.state == "paused" and (row is None or not _has_work(session, row, device.id)):
+        return _wait(house, "round", describe(house, session, run, now))
     if row is None:
         return _wait(house, "cohort", describe(house, session, run, now))
     plan = house.manifest(run.manifest).plan
@@ -82,7 +89,8 @@ def offer(house: House, session: Session, run: RunRow, device: DeviceRow, facts:
         if row.phase == "calibrating" and take_calibration(session, row, device.id, terms, now, lease_ends):
             return make_assignment(house, session, run, row, device, "calibrate", terms)
     elif row.phase == "training" and (place := _take_place(house, session, run, row, device.id, now)):
-        place.lease_ends_unix_seconds = lease_ends
+        place.lease_ends_unix_seconds = lease_of(place, plan.cohort, now)
+        house.clock.store(session, now, is_urgent=True)
         place.download_encoding, place.upload_encoding = terms.download_encoding, terms.upload_encoding
         place.compression, place.modalities, place.has_asked = terms.compression, to_text(modalities), True
         return make_assignment(house, session, run, row, device, "train", terms, modalities)
@@ -95,20 +103,35 @@ def offer(house: House, session: Session, run: RunRow, device: DeviceRow, facts:
     return _wait(house, "round", describe(house, session, run, now))
 
 
+def _has_work(session: Session, row: RoundRow, device_id: str) -> bool:
+    """Whether the device was given work in this round, and has not sent what came of it: a pause lets it finish that."""
+    place, key = session.get(PlaceRow, (row.id, device_id)), (row.id, device_id)
+    if row.phase == "training":
+        return place is not None and not place.is_lost and place.has_asked and session.get(UpdateRow, key) is None
+    if row.phase == "calibrating":
+        calibration = session.get(CalibrationRow, row.id)
+        return calibration is not None and calibration.device_id == device_id
+    return session.get(EvaluationRow, key) is not None
+
+
 def _take_place(house: House, session: Session, run: RunRow, row: RoundRow, device_id: str, now: float) -> PlaceRow | None:
-    """The device's place in the round, kept, new or taken over; None if it has sent its update or all are held."""
+    """The device's place in the round, kept, new or taken over; None if it has sent its update or all are held.
+
+    A device that had a place for as long as it may takes none from another: two that never send would take it in turns.
+    """
     if session.get(UpdateRow, (row.id, device_id)) is not None:
         return None
+    cohort = house.manifest(run.manifest).plan.cohort
     held = places(session, row)
     mine = session.get(PlaceRow, (row.id, device_id))
     if mine is None or mine.is_lost:
-        if len(held) >= house.manifest(run.manifest).plan.cohort.size:
+        if len(held) >= cohort.size:
             silent = [place for place in held if _is_silent(session, place, now)]
-            if not silent:
+            if not silent or (mine is not None and tenure_of(mine, cohort) <= now):
                 return None
             silent[0].is_lost = True
         if mine is None:
-            mine = PlaceRow(round_id=row.id, device_id=device_id)
+            mine = PlaceRow(round_id=row.id, device_id=device_id, taken_unix_seconds=now)
             session.add(mine)
         mine.is_lost = False
     return mine

@@ -38,7 +38,15 @@ def start_round(house: House, session: Session, run: RunRow, now: float) -> None
     drawn = draw_cohort(ids, plan.cohort.size, plan.seed, run.stage, run.round)
     lease_ends = now + plan.cohort.lease_seconds
     for name in drawn:
-        session.add(PlaceRow(round_id=row.id, device_id=ids[name], lease_ends_unix_seconds=lease_ends, has_asked=False))
+        session.add(
+            PlaceRow(
+                round_id=row.id,
+                device_id=ids[name],
+                lease_ends_unix_seconds=lease_ends,
+                taken_unix_seconds=now,
+                has_asked=False,
+            )
+        )
     session.flush()
     log.info("%s: drawn from %d devices: %s", run.id, len(ids), ", ".join(sorted(drawn)))
 
@@ -50,4 +58,4 @@ def count_here(house: House, session: Session, run: RunRow, now: float) -> int:
 
 def _is_here(house: House, run: RunRow, now: float) -> tuple[ColumnElement[bool], ...]:
     since = now - house.settings.presence_seconds
-    return DeviceRow.run_number == run.number, DeviceRow.seen_unix_seconds >= since, DeviceRow.role == "device"
+    return DeviceRow.run_number == run.number, DeviceRow.seen_unix_seconds.between(since, now), DeviceRow.role == "device"

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from coordinator.house import House
 from coordinator.stages import ends_with
 from coordinator.tables import EvaluationRow, RoundRow, RunRow, UpdateRow
+from coordinator.timeline import deadline_of
 
 
 def begin_evaluation(house: House, session: Session, run: RunRow, row: RoundRow, now: float) -> None:
@@ -26,7 +27,7 @@ def begin_evaluation(house: House, session: Session, run: RunRow, row: RoundRow,
 
 def awaited_evaluations(house: House, session: Session, run: RunRow, row: RoundRow, now: float) -> Sequence[EvaluationRow]:
     """Devices that still may answer. A device that renews its lease for ever is waited for until the round's deadline."""
-    if now >= row.since_unix_seconds + house.manifest(run.manifest).plan.cohort.deadline_seconds:
+    if now >= deadline_of(row, house.manifest(run.manifest).plan.cohort):
         return []
     return session.scalars(
         select(EvaluationRow).where(

@@ -3,7 +3,7 @@
 from coordinator.house import House
 from coordinator.losses import MAX_EXAMPLES
 from coordinator.rounds import advance, get_round, get_run
-from coordinator.slots import Address
+from coordinator.slots import Address, require_open
 from coordinator.tables import EvaluationRow
 from lamina.errors import RoundClosedError, UpdateRejectedError
 from lamina.wire import Accepted, Evaluation
@@ -28,7 +28,9 @@ def accept_evaluation(house: House, address: Address, evaluation: Evaluation) ->
             return _accepted(address)
         if asked.evaluation is not None:
             raise UpdateRejectedError(f"{address.text} has counted another evaluation of this device; check in for new work")
-        advance(house, session, run, house.clock())
+        now = house.clock()
+        advance(house, session, run, now)
+        require_open(run, now)
         if row.phase != "evaluating":
             raise RoundClosedError(f"{address.text} takes no more evaluations; check in for new work")
         asked.evaluation = text

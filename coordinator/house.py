@@ -1,38 +1,45 @@
 """What every part of the coordinator works with: settings, clock, database, folders, tokens."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
+
+from sqlalchemy import select
 
 from coordinator.blobs import Blobs
 from coordinator.database import Database
 from coordinator.incoming import remove_partial_files
 from coordinator.settings import Settings
+from coordinator.tables import ClockRow, RunRow
+from coordinator.timeline import Clock, Timeline
 from coordinator.tokens import Tokens
 from coordinator.variants import Variants
 from lamina.manifest import Manifest
-
-Clock = Callable[[], float]
-"""Seconds since 1970. Wall time, because leases must mean the same after a restart."""
 
 
 class House:
     """An opened state folder. One process at a time may have it open (`coordinator.serve` holds a lock)."""
 
-    def __init__(self, settings: Settings, clock: Clock = time.time) -> None:
-        """Creates what is missing. Raises StoreError, ConfigError, DiskFullError."""
+    def __init__(self, settings: Settings, clock: Clock = time.time, steady: Clock | None = None) -> None:
+        """Creates what is missing. Raises StoreError, ConfigError, DiskFullError.
+
+        `clock` is the wall clock; `steady` one that nobody can set, by default that of this machine for its own wall clock.
+        """
+        if steady is None and clock is time.time:
+            steady = time.monotonic
         settings.state.mkdir(parents=True, exist_ok=True)
         settings.updates.mkdir(exist_ok=True)
         remove_partial_files(settings.updates)
         self.settings = settings
-        self.clock = clock
+        self._manifests: dict[str, Manifest] = {}
         self.blobs = Blobs(settings.blobs)
         self.database = Database(settings.database)
+        with self.database.read() as session:
+            last = session.get(ClockRow, 1)
+        self.clock = Timeline(clock, steady, self._longest_wait, last)
         self.tokens = Tokens(settings, self.database)
         self.variants = Variants(self.blobs, self.database)
         self.trouble: dict[int, str] = {}
         """Why the last attempt to aggregate a round (by row id) failed; for the status only, nothing is decided by it."""
-        self._manifests: dict[str, Manifest] = {}
 
     def manifest(self, digest: str) -> Manifest:
         """A published manifest; parsed once per process, since it never changes."""
@@ -48,6 +55,13 @@ class House:
     def calibration_file(self, round_id: int) -> Path:
         """Where an accepted update of a calibrator lies until it is applied."""
         return self.settings.updates / f"calibration-{round_id}"
+
+    def _longest_wait(self) -> float:
+        """How long, in seconds, any open run may wait for a device, and so hear of none."""
+        with self.database.read() as session:
+            manifests = set(session.scalars(select(RunRow.manifest).where(RunRow.is_finished.is_(False))))
+        cohorts = [self.manifest(digest).plan.cohort for digest in manifests]
+        return max([self.settings.presence_seconds, *(each.deadline_seconds + each.lease_seconds for each in cohorts)])
 
     def close(self) -> None:
         self.database.close()

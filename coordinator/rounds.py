@@ -11,7 +11,8 @@
     closed                  next round; or, after the last one or when the stage has stalled (`coordinator.stages`), the next
                             stage, or the run is finished
 
-The clock may jump: a jump can end a lease or a deadline early or late, and can change nothing that was accepted.
+A run that cannot go on fails, with the reason, and has no more work; so does one that an operator cancelled. A paused one
+stays as it is. What a lease or a deadline is worth now, `coordinator.timeline` says alone.
 """
 
 import logging
@@ -24,7 +25,8 @@ from coordinator.cohort import start_round
 from coordinator.evaluating import awaited_evaluations, begin_evaluation
 from coordinator.house import House
 from coordinator.stages import early_end, ends_with, next_stage
-from coordinator.tables import CalibrationRow, PlaceRow, RoundRow, RunRow, UpdateRow
+from coordinator.tables import CalibrationRow, DeviceRow, PlaceRow, RoundRow, RunRow, UpdateRow
+from coordinator.timeline import DEADLINES_UNTIL_FAILURE, deadline_of, mend, tenure_of
 from lamina.errors import UnknownNameError
 
 log = logging.getLogger("lamina.coordinator")
@@ -34,7 +36,7 @@ def advance(house: House, session: Session, run: RunRow, now: float) -> None:
     """Moves a run as far as it can go without arithmetic. Calling it again changes nothing."""
     manifest = house.manifest(run.manifest)
     plan = manifest.plan
-    while not run.is_finished:
+    while run.state == "running":
         if run.round == plan.stages[run.stage].rounds:
             next_stage(session, manifest, run, now)
             continue
@@ -46,16 +48,18 @@ def advance(house: House, session: Session, run: RunRow, now: float) -> None:
 
         if row.phase == "training":
             updates = count_updates(session, row)
-            is_past_deadline = now >= row.since_unix_seconds + plan.cohort.deadline_seconds
+            is_past_deadline = now >= deadline_of(row, plan.cohort)
             if updates == plan.cohort.size or (is_past_deadline and updates >= plan.cohort.min_updates):
                 row.enter("aggregating", now)
+            elif reason := why_it_never_closes(house, session, run, row, now):
+                fail(session, run, reason, now)
             return
 
         if row.phase == "aggregating":
             return
 
         if row.phase == "calibrating":
-            if is_calibrated(session, row) or now < row.since_unix_seconds + plan.cohort.deadline_seconds:
+            if is_calibrated(session, row) or now < deadline_of(row, plan.cohort):
                 return
             log.warning("%s: round %d of stage %d goes on without calibration", run.id, run.round, run.stage)
             begin_evaluation(house, session, run, row, now)
@@ -71,16 +75,64 @@ def advance(house: House, session: Session, run: RunRow, now: float) -> None:
             next_stage(session, manifest, run, now)
 
 
-def advance_all(house: House, now: float) -> None:
+def why_it_never_closes(house: House, session: Session, run: RunRow, row: RoundRow, now: float) -> str:
+    """Why a round in training waits for devices that are here, have had their time, and send nothing; empty if it does not.
+
+    A round whose devices went away waits for others, as for its cohort.
+    """
+    cohort = house.manifest(run.manifest).plan.cohort
+    if now < row.since_unix_seconds + DEADLINES_UNTIL_FAILURE * cohort.deadline_seconds:
+        return ""
+    unsent = [place for place in places(session, row) if session.get(UpdateRow, (row.id, place.device_id)) is None]
+    if any(place.lease_ends_unix_seconds > now for place in unsent):
+        return ""
+    names = sorted(
+        device.name
+        for place in unsent
+        if (device := session.get_one(DeviceRow, place.device_id)).run_number == run.number
+        and (device.seen_unix_seconds or 0) >= max(tenure_of(place, cohort), now - house.settings.presence_seconds)
+    )
+    if not names:
+        return ""
+    return (
+        f"round {row.round} of stage {row.stage} has {count_updates(session, row)} of the {cohort.min_updates} updates that it "
+        f"needs after {DEADLINES_UNTIL_FAILURE} times its deadline of {cohort.deadline_seconds:g} s: {', '.join(names)} asked "
+        "for work and sent nothing"
+    )
+
+
+def fail(session: Session, run: RunRow, reason: str, now: float) -> None:
+    """Ends a run that cannot go on, and frees its devices."""
+    run.stop("failed", reason, now)
+    log.error("%s has failed: %s", run.id, reason)
+
+
+def advance_all(house: House) -> None:
     """Moves every open run; for start-up and for whoever looks at a run that no device asks about."""
+    now = house.clock()
     with house.database.write() as session:
+        house.clock.forget_presence(session)
+        house.clock.store(session, now)
         for run in open_runs(session):
             advance(house, session, run, now)
 
 
+def mend_all(house: House) -> None:
+    """At the start, before anything is decided: times that a wrong clock granted."""
+    now = house.clock()
+    with house.database.write() as session:
+        house.clock.store(session, now, is_urgent=True)
+        for run in session.scalars(select(RunRow).where(RunRow.is_finished.is_(False))):
+            mend(session, run, house.manifest(run.manifest).plan.cohort, now)
+
+
 def open_runs(session: Session) -> Sequence[RunRow]:
-    """Unfinished runs in the order of publishing."""
-    return session.scalars(select(RunRow).where(RunRow.is_finished.is_(False)).order_by(RunRow.number)).all()
+    """Runs that go on, in the order of publishing."""
+    return session.scalars(select(RunRow).where(RunRow.is_finished.is_(False), RunRow.halt == "").order_by(RunRow.number)).all()
+
+
+def paused_runs(session: Session) -> Sequence[RunRow]:
+    return session.scalars(select(RunRow).where(RunRow.halt == "paused").order_by(RunRow.number)).all()
 
 
 def get_run(session: Session, run_id: str) -> RunRow:

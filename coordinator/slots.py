@@ -8,6 +8,7 @@ from coordinator.house import House
 from coordinator.modalities import from_text
 from coordinator.rounds import advance, get_round, get_run
 from coordinator.tables import CalibrationRow, PlaceRow, RoundRow, RunRow, UpdateRow
+from coordinator.waiting import describe_halt
 from lamina.errors import RoundClosedError, UpdateRejectedError
 from lamina.manifest import Manifest
 from lamina.record import Record
@@ -49,6 +50,12 @@ class Slot:
     expected: Expected
 
 
+def require_open(run: RunRow, now: float) -> None:
+    """Raises RoundClosedError if the run was cancelled or has failed."""
+    if run.halt and run.has_ended:
+        raise RoundClosedError(f"{describe_halt(run, now)}; check in for new work")
+
+
 def find_slot(house: House, session: Session, address: Address, digest: str) -> Slot | None:
     """What may count the update with this body; None if the same one is counted already.
 
@@ -62,7 +69,9 @@ def find_slot(house: House, session: Session, address: Address, digest: str) -> 
         calibration = None
     if digest in (update and update.body_sha256, calibration and calibration.body_sha256):
         return None
-    advance(house, session, run, house.clock())
+    now = house.clock()
+    advance(house, session, run, now)
+    require_open(run, now)
     manifest = house.manifest(run.manifest)
     if row.phase == "calibrating" and calibration is not None and calibration.body_sha256 is None:
         return Slot(run, row, calibration, Expected(manifest.specs(manifest.calibrated(row.stage))))

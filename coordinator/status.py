@@ -35,7 +35,7 @@ def run_status(house: House, run_id: str) -> RunStatus:
         return RunStatus(
             run=run.id,
             name=run.name,
-            state="finished" if run.is_finished else "running",
+            state=run.state,
             manifest=run.manifest,
             stage=run.stage,
             round=run.round,

@@ -1,6 +1,7 @@
 """The tables: everything that decides anything about a run is a row here, so a restart finds what a crash left.
 
-Times are seconds since 1970 by the coordinator's clock. A round's rows:
+Times are seconds on the coordinator's time line (`coordinator.timeline`); only those of the history are the wall clock's. A
+round's rows:
 
     rounds        training -> aggregating (-> calibrating) -> evaluating -> closed; it never goes back
     places        who may send an update; a place that was given to another device stays, marked as lost
@@ -11,6 +12,7 @@ Times are seconds since 1970 by the coordinator's clock. A round's rows:
     teachers      what the active segments of a stage were at the end of the stage before
     variants      the same weights in smaller encodings; made from the float32 ones when first wanted, and again if lost
     superseded    what the newest weights replaced, until nothing needs it and it is deleted
+    clock         where the time line was when it was last noted
 
 A column `modalities` has the names of some of the model's modalities, joined by commas; empty: all of them.
 """
@@ -24,7 +26,7 @@ from lamina.bounds import MAX_COUNT, MAX_LOSS, MAX_SECONDS
 from lamina.compression import Compression
 from lamina.manifest import EngineName
 from lamina.tensors import Encoding
-from lamina.wire import DeviceRole
+from lamina.wire import DeviceRole, RunState
 
 SCHEMA_VERSION = 5
 
@@ -63,6 +65,10 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         _bound("updates", "report", "train_seconds", MAX_SECONDS),
         _bound("updates", "report", "loss", MAX_LOSS),
         _bound("evaluations", "evaluation", "loss", MAX_LOSS),
+        "ALTER TABLE places ADD COLUMN taken_unix_seconds FLOAT NOT NULL DEFAULT 0",
+        "ALTER TABLE runs ADD COLUMN halt TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE runs ADD COLUMN halt_reason TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE runs ADD COLUMN halted_unix_seconds FLOAT",
     ),
 }
 """What turns the tables of a version into those of the next; new tables are made by themselves."""
@@ -70,8 +76,22 @@ UPGRADES: dict[int, tuple[str, ...]] = {
 RoundPhase = Literal["training", "aggregating", "calibrating", "evaluating", "closed"]
 
 
+Halt = Literal["", "paused", "cancelled", "failed"]
+
+
 class Base(DeclarativeBase):
     pass
+
+
+class ClockRow(Base):
+    """One row: a moment on the time line, and what the clocks said then. `boot` is the start that `steady` counts from."""
+
+    __tablename__ = "clock"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    now_unix_seconds: Mapped[float]
+    wall_unix_seconds: Mapped[float]
+    steady_seconds: Mapped[float]
+    boot: Mapped[str]
 
 
 class DeviceRow(Base):
@@ -93,7 +113,10 @@ class DeviceRow(Base):
 
 
 class RunRow(Base):
-    """One execution of a plan. `stage` and `round` are where it stands, `since_unix_seconds` since when."""
+    """One execution of a plan. `stage` and `round` are where it stands, `since_unix_seconds` since when.
+
+    A run that an operator stopped, or that could not go on, has a `halt` with its reason, and the time since when.
+    """
 
     __tablename__ = "runs"
     number: Mapped[int] = mapped_column(primary_key=True)
@@ -103,10 +126,26 @@ class RunRow(Base):
     stage: Mapped[int] = mapped_column(default=0)
     round: Mapped[int] = mapped_column(default=0)
     since_unix_seconds: Mapped[float]
+    halt: Mapped[Halt] = mapped_column(Text, default="")
+    halt_reason: Mapped[str] = mapped_column(Text, default="")
+    halted_unix_seconds: Mapped[float | None]
 
     @property
     def id(self) -> str:
         return f"run-{self.number}"
+
+    @property
+    def state(self) -> RunState:
+        return "finished" if self.is_finished else self.halt or "running"
+
+    @property
+    def has_ended(self) -> bool:
+        """It has no more work for anybody."""
+        return self.state not in ("running", "paused")
+
+    def stop(self, halt: Halt, reason: str, now: float) -> None:
+        """Empty: it goes on."""
+        self.halt, self.halt_reason, self.halted_unix_seconds = halt, reason, now if halt else None
 
 
 class WeightRow(Base):
@@ -165,12 +204,14 @@ class PlaceRow(Base):
     """A device's place in the cohort of a round, how its weights and its update travel, and the modalities that it trains.
 
     A drawn device has a place before it asks for the work; all that it agrees to stands here once `has_asked` is true.
+    `taken_unix_seconds` is when the device first had a place in this round, also if it lost that since.
     """
 
     __tablename__ = "places"
     round_id: Mapped[int] = mapped_column(ForeignKey("rounds.id"), primary_key=True)
     device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
     lease_ends_unix_seconds: Mapped[float]
+    taken_unix_seconds: Mapped[float]
     is_lost: Mapped[bool] = mapped_column(default=False)
     download_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
     upload_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")

@@ -8,13 +8,16 @@ from coordinator.evaluating import awaited_evaluations
 from coordinator.house import House
 from coordinator.rounds import count_updates, current_round, places
 from coordinator.tables import CalibrationRow, DeviceRow, EvaluationRow, RoundRow, RunRow, UpdateRow
+from coordinator.timeline import deadline_of
 from lamina.plan import Cohort, Plan
 
 
 def describe(house: House, session: Session, run: RunRow, now: float) -> str:
-    """What the run waits for, or that it is finished."""
+    """What the run waits for, or how it ended."""
     if run.is_finished:
         return f"{run.id} is finished"
+    if run.halt:
+        return describe_halt(run, now)
     row = current_round(session, run)
     cohort = house.manifest(run.manifest).plan.cohort
     if row is None:
@@ -27,12 +30,25 @@ def describe(house: House, session: Session, run: RunRow, now: float) -> str:
     return describe_round(house, session, run, row, now)
 
 
+def describe_halt(run: RunRow, now: float) -> str:
+    """Why a run does not go on, and what would make it."""
+    why = f": {run.halt_reason}" if run.halt_reason else ""
+    if run.halt == "paused":
+        since = _seconds(now - (run.halted_unix_seconds or now))
+        return f"{run.id} is paused since {since}{why}; `lamina run resume` lets it go on"
+    if run.halt == "failed":
+        return f"{run.id} has failed{why}; `lamina run resume` tries again, `lamina run rollback` takes rounds back"
+    return f"{run.id} was cancelled{why}"
+
+
 def describe_round(house: House, session: Session, run: RunRow, row: RoundRow, now: float) -> str:
     """What a started round waits for; empty for a closed one."""
     name = f"round {row.round} of stage {row.stage}"
     open_for = _seconds(now - row.since_unix_seconds)
     plan = house.manifest(run.manifest).plan
     cohort = plan.cohort
+    if run.has_ended:
+        return ""
     if row.phase == "training":
         return f"{name} open for {open_for}: {_training(session, row, cohort, now)}"
     if row.phase == "aggregating":
@@ -43,7 +59,7 @@ def describe_round(house: House, session: Session, run: RunRow, row: RoundRow, n
         asked = session.scalars(select(func.count()).where(EvaluationRow.round_id == row.id)).one()
         awaited = awaited_evaluations(house, session, run, row, now)
         last = max((place.lease_ends_unix_seconds for place in awaited), default=now)
-        last = min(last, row.since_unix_seconds + cohort.deadline_seconds)
+        last = min(last, deadline_of(row, cohort))
         return (
             f"{name} evaluating for {open_for}: {asked - len(awaited)} of {asked} evaluations, "
             f"the last lease ends in {_seconds(last - now)}"
@@ -60,7 +76,7 @@ def _training(session: Session, row: RoundRow, cohort: Cohort, now: float) -> st
         parts.append(f"the next lease ends in {_seconds(min(leases) - now)}")
     if len(held) < cohort.size:
         parts.append(f"{cohort.size - len(held)} places are free")
-    left = row.since_unix_seconds + cohort.deadline_seconds - now
+    left = deadline_of(row, cohort) - now
     if left > 0:
         parts.append(f"it closes in {_seconds(left)} if {cohort.min_updates} updates are there")
     else:
@@ -78,7 +94,7 @@ def _calibrating(house: House, session: Session, plan: Plan, row: RoundRow, now:
     open_for = _seconds(now - row.since_unix_seconds)
     if work is not None and work.body_sha256 is not None:
         return f"is being calibrated for {open_for}: the calibrator's update is applied; {_attempt(house, row)}"
-    left = f"without it, the round goes on in {_seconds(row.since_unix_seconds + plan.cohort.deadline_seconds - now)}"
+    left = f"without it, the round goes on in {_seconds(deadline_of(row, plan.cohort) - now)}"
     if work is not None and work.lease_ends_unix_seconds > now:
         name = session.get_one(DeviceRow, work.device_id).name
         lease = _seconds(work.lease_ends_unix_seconds - now)

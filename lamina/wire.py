@@ -64,7 +64,7 @@ Encodings = Annotated[tuple[Encoding, ...], Field(max_length=16)]
 Compressions = Annotated[tuple[Compression, ...], Field(max_length=16)]
 Weights = Annotated[dict[SegmentName, Sha256], Field(max_length=MAX_SEGMENTS)]
 WaitSeconds = Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS)]
-RunState = Literal["running", "finished"]
+RunState = Literal["running", "finished", "paused", "cancelled", "failed"]
 Phase = Literal["train", "evaluate", "calibrate"]
 DeviceRole = Literal["device", "calibrator"]
 

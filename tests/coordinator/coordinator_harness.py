@@ -390,14 +390,16 @@ def tensors_of(data: bytes, specs: Iterable[TensorSpec], folder: Path) -> dict[s
 class InProcess(Coordinator):
     """The real app without a network. `restart` drops the app as a crash would and opens the folder again."""
 
-    def __init__(self, state: Path, clock: FakeClock | None = None, **settings: Any) -> None:
+    def __init__(self, state: Path, clock: FakeClock | None = None, steady: FakeClock | None = None, **settings: Any) -> None:
+        """Without `steady`, the wall clock is all that the coordinator has to tell the time by."""
         self.state = state
         self.clock = clock or FakeClock()
+        self.steady = steady
         self._settings = Settings(state=state, **settings)
         self.start()
 
     def start(self) -> None:
-        self.app = create_app(self._settings, self.clock)
+        self.app = create_app(self._settings, self.clock, steady=self.steady)
         self.http = httpx.Client(transport=_AppTransport(self.app), base_url="http://coordinator")
 
     def stop(self) -> None:
@@ -493,7 +495,7 @@ def as_json(answer: httpx.Response) -> Any:
 
 def downgrade(state: Path, version: int) -> None:
     """Makes the database of a stopped coordinator one of an older version: without the columns and tables of later ones."""
-    tables = {1: ["variants"], 2: ["calibrations", "teachers"], 3: ["superseded"], 4: []}
+    tables = {1: ["variants"], 2: ["calibrations", "teachers"], 3: ["superseded"], 4: ["clock"]}
     with sqlite3.connect(state / "coordinator.sqlite") as connection:
         for later in range(version, SCHEMA_VERSION):
             for table in tables.get(later, []):
