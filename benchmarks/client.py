@@ -18,7 +18,7 @@ from edge_client.job import Job
 from edge_client.outcome import JOB, OUTCOME
 from edge_client.prepare import prepare_job
 from export.bundle import export_bundle
-from lamina.bundle import blob_path
+from lamina.bundle import blob_path, bundle_digest
 from lamina.errors import LaminaError
 from lamina.files import write_durably
 from lamina.manifest import EngineName, Manifest
@@ -49,7 +49,7 @@ def client_job(manifest: Manifest, bundle: Path, engine: EngineName, stage: int,
     work = Assignment(
         phase="train",
         run="bench",
-        manifest=manifest.digest,
+        manifest=bundle_digest(bundle),
         stage=stage,
         round=0,
         weights={name: manifest.initial_weights[name] for name in stage_segments},

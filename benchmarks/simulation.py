@@ -38,6 +38,7 @@ from edge_client.stage_model import StageModel
 from edge_client.train import Evaluated, Trained
 from edge_client.trainer import features, stage_model, update_file, work
 from export.bundle import export_bundle
+from lamina.bundle import bundle_digest, manifest_bytes
 from lamina.compression import compress_file
 from lamina.errors import ConfigError
 from lamina.manifest import EngineName, Manifest
@@ -141,8 +142,8 @@ class Simulation:
         calibration_file: Path | None = None,
     ) -> None:
         """Raises DataError for a file that does not fit the model, ConfigError if the plan needs other data than there is."""
-        self._manifest, self._digest = manifest, manifest.digest
-        self._manifest_bytes = len(manifest.to_json())
+        self._manifest, self._digest = manifest, bundle_digest(bundle)
+        self._manifest_bytes = len(manifest_bytes(bundle))
         self._engine = SharedEngine(load_engine(engine))
         self._newest = SimulatedWeights(manifest, bundle, folder / "weights")
         self._devices = {

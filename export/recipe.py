@@ -231,7 +231,7 @@ def _recipe_of_factory(source: str, changes: Mapping[str, Any], check: bool) -> 
 
 
 def _changed_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    values = recipe.model_dump(mode="json", exclude_unset=True) | {k: v for k, v in changes.items() if k not in _MERGED}
+    values = recipe.model_dump(exclude_unset=True) | {k: v for k, v in changes.items() if k not in _MERGED}
     values |= {key: values.get(key, {}) | dict(changes[key]) for key in _MERGED if key in changes}
     return Recipe.from_json(json.dumps(values), "the plan file with the options of the command")
 
@@ -248,7 +248,7 @@ def _changed_plan(plan: Plan, changes: Mapping[str, Any], source: str) -> Plan:
     values = plan.model_dump(mode="json")
     values |= {key: changes[key] for key in ("seed", "name") if key in changes}
     for key in _MERGED:
-        values[key] |= dict(changes.get(key, {}))
+        values[key] = values.get(key, {}) | dict(changes.get(key, {}))
     if about_stages:
         first = plan.stages[0]
         are_as_many = not {"strategy", "layers_per_stage"} & about_stages

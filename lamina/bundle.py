@@ -55,6 +55,11 @@ def manifest_bytes(folder: Path) -> bytes:
     return (folder / MANIFEST).read_bytes()
 
 
+def bundle_digest(folder: Path) -> str:
+    """The identity of a bundle: the sha256 of its manifest's bytes as they lie there. Raises BundleError if there are none."""
+    return hash_bytes(manifest_bytes(folder))
+
+
 def read_signature(folder: Path) -> Signature | None:
     """The bundle's signature, not verified; None if it has none. Raises SignatureError if the file holds something else."""
     path = folder / SIGNATURE

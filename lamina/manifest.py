@@ -23,7 +23,7 @@ micro-batches with a loss of their own. Their inputs are `lamina.names.ANY_MODAL
 """
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,9 +31,8 @@ from lamina.bounds import MAX_ITEMS, MAX_SEGMENTS, MAX_STAGES, Count, Difference
 from lamina.model import Name
 from lamina.names import ENGINES, LABEL, EngineName, Precision, Reference, Role, gradient_input, second_view
 from lamina.plan import Plan
-from lamina.record import GrowingRecord, Record
+from lamina.record import Record
 from lamina.segments import Segment, TensorSpec, belongs, segment_names
-from lamina.tensors import hash_bytes
 
 __all__ = [
     "ENGINES",
@@ -144,10 +143,8 @@ class Rewrite(Record):
     note: Text = ""
 
 
-class Manifest(GrowingRecord):
+class Manifest(Record):
     """Everything that a bundle holds. Each hash is the address of a blob in `blobs`, which gives its size in bytes."""
-
-    LATER: ClassVar[tuple[str, ...]] = ("view_loss_programs",)
 
     format: Literal[1] = 1
     plan: Plan
@@ -200,11 +197,6 @@ class Manifest(GrowingRecord):
     @property
     def engines(self) -> tuple[EngineName, ...]:
         return tuple(self.stages[0].train)
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the manifest's own bytes: the identity of the bundle."""
-        return hash_bytes(self.to_json())
 
     def segment(self, name: str) -> Segment:
         return next(segment for segment in self.segments if segment.name == name)

@@ -54,10 +54,11 @@ class Overview(Record):
     notes: tuple[str, ...]
 
 
-def overview(manifest: Manifest) -> Overview:
+def overview(manifest: Manifest, digest: str) -> Overview:
+    """`digest` is the bundle's identity (`lamina.bundle.bundle_digest`)."""
     return Overview(
         name=manifest.plan.name,
-        digest=manifest.digest,
+        digest=digest,
         engines=manifest.engines,
         stages=tuple(_stage_row(manifest, stage) for stage in manifest.plan.stages),
         program_bytes=sum(manifest.blobs[digest] for digest in manifest.programs),

@@ -4,7 +4,7 @@ What cannot be combined is refused here, with the reason, before anything is exp
 """
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,7 +21,7 @@ from lamina.bounds import (
     SegmentName,
 )
 from lamina.model import ModelDescription, ModuleEncoder, Name
-from lamina.record import GrowingRecord, Record
+from lamina.record import Record
 from lamina.segments import HEAD, heads_of, prefix_chain, segment_names
 
 StrategyName = Literal["layerwise", "progressive", "end_to_end"]
@@ -94,7 +94,7 @@ class FeatureStore(Record):
     keep: Literal["stage", "round", "none"] = "stage"
 
 
-class Augmentation(GrowingRecord):
+class Augmentation(Record):
     """Random changes of one modality's training examples; they depend on seed, example and view, and on nothing else.
 
     `shift` moves the example by up to so many steps of its last axis (pixels, samples; for audio frames the first axis) and
@@ -106,8 +106,6 @@ class Augmentation(GrowingRecord):
     whole size; 1 keeps all. `gain` multiplies the example by up to 1 +- gain and adds up to +- gain / 2: the contrast and the
     brightness of an image, the strength of a signal.
     """
-
-    LATER: ClassVar[tuple[str, ...]] = ("erase", "crop", "gain")
 
     shift: Count = 0
     noise: Factor = 0.0
@@ -179,7 +177,7 @@ class Training(Record):
         return self.micro_batch or self.batch_size
 
 
-class Cohort(GrowingRecord):
+class Cohort(Record):
     """Who takes part in a round, and how much of it one device may be.
 
     A round starts when `size` devices have checked in and closes when all of them have sent an update, or at
@@ -193,8 +191,6 @@ class Cohort(GrowingRecord):
     An update counts with at most `max_examples` examples. One whose difference is longer than `max_norm` times the median of
     the round is shortened to that (`coordinator.bounds`). None: no such bound.
     """
-
-    LATER: ClassVar[tuple[str, ...]] = ("max_examples", "max_norm")
 
     size: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 4
     pool: Annotated[int, Field(ge=1, le=MAX_ITEMS)] | None = None

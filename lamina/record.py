@@ -4,20 +4,34 @@ A misspelled key is refused with its name instead of being ignored, because a ty
 """
 
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from reprlib import Repr
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, SerializationInfo, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from lamina.errors import ConfigError
 from lamina.printable import printable
 
 
 class Record(BaseModel):
-    """A frozen pydantic model that refuses unknown fields, NaN and infinity."""
+    """A frozen pydantic model that refuses unknown fields, NaN and infinity.
+
+    Its JSON leaves out every field that holds its default, so a reader from before a field understands everything that it
+    could say itself. What a field means while it is absent therefore never changes: a default stays as it was published.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        if info.mode == "json":
+            for name in _growing_fields(type(self)):
+                if getattr(self, name) == type(self).model_fields[name].get_default(call_default_factory=True):
+                    values.pop(name, None)
+        return values
 
     def to_json(self) -> bytes:
         """Indented UTF-8 JSON; the same record gives the same bytes."""
@@ -40,19 +54,14 @@ class Record(BaseModel):
         return cls.from_json(data, str(path))
 
 
-class GrowingRecord(Record):
-    """A record with fields that were added later (`LATER`): each is left out of the JSON while it holds its default.
-
-    So a reader from before those fields, which refuses what it does not know, understands everything that it could say.
-    """
-
-    LATER: ClassVar[tuple[str, ...]] = ()
-
-    @model_serializer(mode="wrap")
-    def _leave_out_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
-        usual = {name for name in self.LATER if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
-        return {name: value for name, value in serialize(self).items() if name not in usual}
+@cache
+def _growing_fields(record: type[BaseModel]) -> tuple[str, ...]:
+    """The fields with a default, without the tags: a field of one literal value says what the record is."""
+    return tuple(
+        name
+        for name, field in record.model_fields.items()
+        if not (field.is_required() or (get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1))
+    )
 
 
 def explain(error: ValidationError, record: type[BaseModel] | None = None, limit: int = 3) -> str:

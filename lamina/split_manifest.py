@@ -15,7 +15,7 @@ from lamina.quantize import frozen_weights
 from lamina.record import Record
 from lamina.segments import Segment, TensorSpec
 from lamina.split import FUSION, Party, SplitPlan
-from lamina.tensors import Float32, hash_bytes
+from lamina.tensors import Float32
 
 
 class SplitProgram(Record):
@@ -88,10 +88,6 @@ class SplitManifest(Record):
         if lacking:
             raise ValueError(f"{len(lacking)} hashes are used but not listed in blobs, the first is {min(lacking)}")
         return self
-
-    @property
-    def digest(self) -> str:
-        return hash_bytes(self.to_json())
 
     def part(self, name: str) -> Segment:
         return next(part for part in self.parts if part.name == name)

@@ -14,7 +14,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -22,7 +22,7 @@ from lamina.bounds import MAX_ITEMS, Count, Loss, Note, PositiveCount, RunName, 
 from lamina.manifest import Sha256
 from lamina.model import Name
 from lamina.names import EngineName
-from lamina.record import GrowingRecord, Record
+from lamina.record import Record
 from lamina.segments import TensorSpec
 from lamina.split import FUSED, LOGITS, SplitPlan
 from lamina.wire import Compressions, DeviceName, Modalities, Refused, RunState, Wait, Weights
@@ -110,11 +110,9 @@ class SplitTraffic(Record):
     gradients_down_bytes: Count = 0
 
 
-class SplitRound(GrowingRecord):
+class SplitRound(Record):
     """A round that is aggregated. `fused_loss` is the mean over the users with all modalities, None if there was none; `test_*`
     are None until evaluated; `notes` say who lost a turn."""
-
-    LATER: ClassVar[tuple[str, ...]] = ("notes",)
 
     round: Count
     fused: bool

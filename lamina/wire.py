@@ -15,12 +15,12 @@ for what a device does, the admin token for publishing.
     PUT  /v1/runs/{run}/stages/{stage}/rounds/{round}/update      tensor file, TrainReport in a header -> Accepted
     PUT  /v1/runs/{run}/stages/{stage}/rounds/{round}/evaluation  Evaluation -> Accepted
 
-Growth rule: a new field has a default, and the meaning of a field never changes; anything else is /v2. A field that was
-added later (`LATER` of its message) is left out while it holds its default, because readers refuse fields that they do not
-know: a coordinator goes on serving devices that are older than itself. It is therefore updated before them.
+Growth rule: a new field has a default, and neither the meaning nor the default of a field ever changes; anything else is /v2.
+Readers refuse fields that they do not know, and a field that holds its default is left out (`lamina.record`): a coordinator
+goes on serving devices that are older than itself. It is therefore updated before them.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter
 
@@ -39,7 +39,7 @@ from lamina.bounds import (
 from lamina.compression import Compression
 from lamina.manifest import EngineName, Sha256
 from lamina.model import Name
-from lamina.record import GrowingRecord, Record
+from lamina.record import Record
 from lamina.tensors import Encoding
 
 REPORT_HEADER = "Lamina-Report"
@@ -91,7 +91,7 @@ class Signature(Record):
     key_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{0,64}$")] = ""
 
 
-class Enrolment(GrowingRecord):
+class Enrolment(Record):
     """A device introduces itself. `name` is unique within the coordinator; a second device of that name is refused.
 
     `token_sha256`: the device has made its token itself (`secrets.token_urlsafe(32)`) and stored it, and says the sha256 of its
@@ -99,29 +99,23 @@ class Enrolment(GrowingRecord):
     makes the token, and the enrolment cannot be repeated.
     """
 
-    LATER: ClassVar[tuple[str, ...]] = ("token_sha256",)
-
     name: DeviceName
     token_sha256: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
 
 
-class Enrolled(GrowingRecord):
+class Enrolled(Record):
     """`device_token` is empty for a device that made its token itself."""
-
-    LATER: ClassVar[tuple[str, ...]] = ("device_token",)
 
     device_id: DeviceId
     device_token: DeviceToken = ""
 
 
-class CheckIn(GrowingRecord):
+class CheckIn(Record):
     """A device asks for work and says what it has. `run` limits the answer to one run.
 
     `encodings` and `compressions` are what it can read and write; fp32 and no compression need not be listed.
     A `calibrator` holds the server's own data: it gets phase `calibrate` and nothing else, and is no part of a cohort.
     """
-
-    LATER: ClassVar[tuple[str, ...]] = ("encodings", "compressions", "role")
 
     engine: EngineName
     modalities: Modalities
@@ -133,7 +127,7 @@ class CheckIn(GrowingRecord):
     role: DeviceRole = "device"
 
 
-class Assignment(GrowingRecord):
+class Assignment(Record):
     """Work for one round. `weights` has the blob of each active segment, and of each frozen segment that the features pass,
     which with depth dropout are not all frozen ones of the stage; `manifest` is a blob too.
 
@@ -148,15 +142,6 @@ class Assignment(GrowingRecord):
     The weights' blobs are tensor files in `download_encoding`. For a segment in `compressed_weights`, the blob named there
     holds the same file compressed as `download_compression` says: fetch it in place of the other one.
     """
-
-    LATER: ClassVar[tuple[str, ...]] = (
-        "download_encoding",
-        "download_compression",
-        "compressed_weights",
-        "upload_compression",
-        "modalities",
-        "teacher_weights",
-    )
 
     kind: Literal["assignment"] = "assignment"
     phase: Phase
@@ -200,7 +185,7 @@ CheckInAnswer = Annotated[Assignment | Wait | Refused, Field(discriminator="kind
 CHECK_IN_ANSWER: TypeAdapter[Assignment | Wait | Refused] = TypeAdapter(CheckInAnswer)
 
 
-class TrainReport(GrowingRecord):
+class TrainReport(Record):
     """What a round cost the device.
 
     `peak_bytes` is the peak resident set of the whole device, as the kernel counts it (VmHWM): the larger of its two
@@ -209,8 +194,6 @@ class TrainReport(GrowingRecord):
     `upload_encoding` is that of the update: the one of the assignment, or fp32, which is always taken.
     `failed_attempts` is how often the training process died before this update was made, `failure` how the last time.
     """
-
-    LATER: ClassVar[tuple[str, ...]] = ("upload_encoding", "failed_attempts", "failure")
 
     num_examples: PositiveCount
     loss: Loss
@@ -244,13 +227,11 @@ class Published(Record):
     run: RunName
 
 
-class DeviceReport(GrowingRecord):
+class DeviceReport(Record):
     """One device's update as accepted: the encoding of the weights it trained from, and of the update as it arrived.
 
     `modalities` are those that it took part with; empty: all.
     """
-
-    LATER: ClassVar[tuple[str, ...]] = ("download_encoding", "upload_encoding", "upload_compression", "modalities")
 
     device: DeviceName
     engine: EngineName
@@ -261,15 +242,13 @@ class DeviceReport(GrowingRecord):
     modalities: Modalities = ()
 
 
-class RoundStatus(GrowingRecord):
+class RoundStatus(Record):
     """One round: what came in, and the accuracy of the aggregated model (None until evaluated, or without test data).
 
     With a contrastive objective, accuracy and loss are of pairs: what devices with one modality found is in `notes` alone.
     `evaluated_encodings` are those, other than fp32, in which devices evaluated the weights. `notes` says which devices
     take larger transfers than the plan allows, and why.
     """
-
-    LATER: ClassVar[tuple[str, ...]] = ("evaluated_encodings", "notes")
 
     stage: Count
     round: Count

@@ -83,6 +83,7 @@ def export(
 
     from export.bundle import export_bundle
     from export.recipe import resolve
+    from lamina.bundle import bundle_digest
     from lamina.cli.overview_tables import show_bundle
 
     engines = _engines(engine or ["executorch,onnxruntime"])
@@ -120,8 +121,9 @@ def export(
             workers=jobs,
             sample=sample,
         )
-    found = show_bundle(manifest, Console())
-    typer.echo(f"{out}: manifest {manifest.digest[:12]}; look at it again with `lamina inspect {out}`")
+    digest = bundle_digest(out)
+    found = show_bundle(manifest, digest, Console())
+    typer.echo(f"{out}: manifest {digest[:12]}; look at it again with `lamina inspect {out}`")
     if json is not None:
         json.write_bytes(found.to_json())
 

@@ -17,13 +17,14 @@ def inspect(
     """
     from rich.console import Console
 
-    from lamina.bundle import read_bundle
+    from lamina.bundle import bundle_digest, read_bundle
     from lamina.cli.overview_tables import show_bundle
     from lamina.keys import users_trust
 
     console = Console()
     manifest = read_bundle(bundle, trust=users_trust(allow_unsigned), tell=typer.echo)
-    console.print(f"{bundle}: {len(manifest.blobs)} blobs verified, manifest {manifest.digest[:12]}")
-    found = show_bundle(manifest, console)
+    digest = bundle_digest(bundle)
+    console.print(f"{bundle}: {len(manifest.blobs)} blobs verified, manifest {digest[:12]}")
+    found = show_bundle(manifest, digest, console)
     if json is not None:
         json.write_bytes(found.to_json())

@@ -10,9 +10,9 @@ from lamina.overview import Overview, overview, plan_picture
 _MANY_STAGES = 40  # a picture wider than this is no picture
 
 
-def show_bundle(manifest: Manifest, console: Console) -> Overview:
+def show_bundle(manifest: Manifest, digest: str, console: Console) -> Overview:
     """Prints everything that a user would ask of a bundle; gives the same as a record."""
-    found = overview(manifest)
+    found = overview(manifest, digest)
     console.print(_cost_table(manifest, found))
     console.print(_device_table(found))
     if len(manifest.plan.stages) <= _MANY_STAGES:

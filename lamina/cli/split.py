@@ -53,6 +53,7 @@ def export(
     from rich.console import Console
 
     from export.split import export_split
+    from lamina.bundle import bundle_digest
     from lamina.split import SplitPlan
 
     wanted = SplitPlan.from_toml(plan)
@@ -67,7 +68,7 @@ def export(
         )
     trained = sum(part.parameters for part in manifest.parts if part.name in wanted.trained)
     frozen = sum(part.parameters for part in manifest.parts if part.name in wanted.frozen)
-    typer.echo(f"{out}: manifest {manifest.digest[:12]}, {trained:,} trained and {frozen:,} frozen parameters")
+    typer.echo(f"{out}: manifest {bundle_digest(out)[:12]}, {trained:,} trained and {frozen:,} frozen parameters")
 
 
 @split.command()

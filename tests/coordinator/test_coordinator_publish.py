@@ -23,8 +23,8 @@ def test_a_published_run_waits_for_its_cohort(coordinator: InProcess) -> None:
 def test_the_manifest_is_a_blob_with_its_digest_as_address(coordinator: InProcess) -> None:
     bundle = make_bundle()
     coordinator.publish(bundle)
-    assert coordinator.status().manifest == bundle.manifest.digest
-    assert Manifest.from_json(coordinator.blob(bundle.manifest.digest)) == bundle.manifest
+    assert coordinator.status().manifest == hash_bytes(bundle.manifest.to_json())
+    assert Manifest.from_json(coordinator.blob(hash_bytes(bundle.manifest.to_json()))) == bundle.manifest
 
 
 def test_publishing_the_same_bundle_again_makes_another_run(coordinator: InProcess) -> None:

@@ -25,6 +25,7 @@ from lamina.errors import ConfigError, HashMismatchError, SignatureError
 from lamina.keys import VARIABLE, SigningKey, keys_folder, new_key, own_key, trust_key, users_trust
 from lamina.plan import Cohort
 from lamina.signing import TrustedKeys, fingerprint, key_text
+from lamina.tensors import hash_bytes
 from lamina.wire import SIGNATURE_HEADER, Signature
 from tests.edge_client.tiny import make_data
 
@@ -65,7 +66,7 @@ def test_a_published_signature_is_served_and_survives_a_restart(coordinator: InP
     bundle = make_bundle()
     coordinator.publish(bundle)
     coordinator.restart()
-    answer = coordinator.http.get(f"/v1/manifests/{bundle.manifest.digest}/signature", headers=coordinator.admin)
+    answer = coordinator.http.get(f"/v1/manifests/{hash_bytes(bundle.manifest.to_json())}/signature", headers=coordinator.admin)
     assert Signature.from_json(answer.content) == own_key().sign(bundle.manifest.to_json())
 
 
@@ -92,7 +93,7 @@ def test_an_unsigned_manifest_is_refused_unless_the_coordinator_was_told(
     assert "is not signed" in problem_of(post(strict, send_blobs(strict, bundle), None), 422, "signature")
     assert runs(strict) == []
     assert post(lax, send_blobs(lax, bundle), None).status_code == 201
-    answer = lax.http.get(f"/v1/manifests/{bundle.manifest.digest}/signature", headers=lax.admin)
+    answer = lax.http.get(f"/v1/manifests/{hash_bytes(bundle.manifest.to_json())}/signature", headers=lax.admin)
     problem_of(answer, 404, "unknown-name")
 
 
@@ -340,12 +341,14 @@ def test_a_manifest_exchanged_with_its_address_is_refused(party: Party) -> None:
     genuine = party.coordinator.status(run).manifest
 
     def alter(request: httpx.Request, body: bytes) -> bytes:
-        if evil.digest in request.url.path and "signature" in request.url.path:
+        if hash_bytes(evil.to_json()) in request.url.path and "signature" in request.url.path:
             return own_key().sign(b"another manifest").to_json()
-        return body.replace(genuine.encode(), evil.digest.encode())
+        return body.replace(genuine.encode(), hash_bytes(evil.to_json()).encode())
 
     party.alter = alter
-    party.coordinator.http.put(f"/v1/blobs/{evil.digest}", content=evil.to_json(), headers=party.coordinator.admin)
+    party.coordinator.http.put(
+        f"/v1/blobs/{hash_bytes(evil.to_json())}", content=evil.to_json(), headers=party.coordinator.admin
+    )
     with pytest.raises(SignatureError):
         party.join(run)
     assert party.fetched == []

@@ -44,7 +44,7 @@ class FakeCoordinator:
             digest = path.rpartition("/")[2]
             headers = {"ETag": f'"{digest}"', "Content-Length": str(len(self.blobs[digest]))}
             return httpx.Response(200, stream=httpx.ByteStream(self.blobs[digest]), headers=headers)
-        if path == f"/v1/manifests/{self.manifest.digest}/signature":
+        if path == f"/v1/manifests/{hash_bytes(self.manifest.to_json())}/signature":
             return answer(self.signature) if self.signature else problem("unknown-name", 404, "there is no signature")
         *_, stage, _, round, what = path.split("/")
         work = ("train" if what == "update" else "evaluate", int(stage), int(round))
@@ -67,7 +67,7 @@ class FakeCoordinator:
         return Assignment(
             phase=phase,
             run="r1",
-            manifest=self.manifest.digest,
+            manifest=hash_bytes(self.manifest.to_json()),
             stage=stage,
             round=round,
             weights={name: self.weights[name] for name in (*here.active, *here.frozen)},

@@ -12,6 +12,7 @@ from edge_client.transport import Transport
 from lamina.cli.calibrate import calibrate
 from lamina.cli.join import join
 from lamina.errors import ProtocolError
+from lamina.tensors import hash_bytes
 from lamina.wire import Assignment, CheckIn
 from tests.edge_client.fake_coordinator import ENROLMENT_TOKEN, FakeCoordinator, answer
 from tests.edge_client.fake_manifest import ENGINE, fake_manifest
@@ -48,7 +49,11 @@ class Given:
     """A coordinator that gives one answer, and notes the check-ins."""
 
     def __init__(self, manifest, work):
-        self._fake, self._work, self.facts = FakeCoordinator(manifest, {manifest.digest: manifest.to_json()}), work, []
+        self._fake, self._work, self.facts = (
+            FakeCoordinator(manifest, {hash_bytes(manifest.to_json()): manifest.to_json()}),
+            work,
+            [],
+        )
 
     def __call__(self, request):
         if request.url.path == "/v1/check-in":
@@ -66,7 +71,7 @@ def check_in(monkeypatch, tmp_path, data, role, phase="train", plan=None, **more
     work = Assignment(
         phase=phase,
         run="r",
-        manifest=manifest.digest,
+        manifest=hash_bytes(manifest.to_json()),
         stage=0,
         round=0,
         weights=manifest.initial_weights,

@@ -15,7 +15,7 @@ from edge_client.device import Options, join
 from edge_client.transport import Transport
 from lamina.errors import ConfigError, DataError, NotEnrolledError, ProtocolError, UnknownNameError
 from lamina.manifest import ENGINES
-from lamina.tensors import decode_file
+from lamina.tensors import decode_file, hash_bytes
 from lamina.wire import CheckIn, Enrolled, Refused, Wait
 from tests.edge_client.fake_coordinator import ENROLMENT_TOKEN, FakeCoordinator, answer, problem
 from tests.edge_client.tiny import LAYERS, initial_weights
@@ -93,7 +93,7 @@ def test_a_restarted_device_downloads_and_computes_nothing_again(start, coordina
     coordinator.steps = original[6:7]
     start(coordinator)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "state" / "features").glob("*.npy")} == features
-    assert not set(downloads(coordinator)) & {*coordinator.manifest.programs, coordinator.manifest.digest}
+    assert not set(downloads(coordinator)) & {*coordinator.manifest.programs, hash_bytes(coordinator.manifest.to_json())}
     assert not any(path == "/v1/devices" for _, path in coordinator.requests)
 
 
@@ -101,7 +101,7 @@ def test_the_state_folder_does_not_grow_with_the_rounds(start, coordinator, tmp_
     start(coordinator)
     state = tmp_path / "state"
     last = coordinator.manifest.plan.stages[-1]
-    known = {*coordinator.manifest.programs, coordinator.manifest.digest, *coordinator.weights.values()}
+    known = {*coordinator.manifest.programs, hash_bytes(coordinator.manifest.to_json()), *coordinator.weights.values()}
     # The last assignment evaluates weights that the coordinator still holds.
     assert {path.name for path in (state / "blobs").iterdir()} <= known
     assert len(list((state / "features").glob("*.npy"))) == 2  # train and test

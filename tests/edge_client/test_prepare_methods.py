@@ -29,6 +29,7 @@ from lamina.model import (
 )
 from lamina.plan import Augmentation, Calibration, DepthDropout, FeatureStore, Plan, Training
 from lamina.strategies import make_stages
+from lamina.tensors import hash_bytes
 from lamina.wire import Assignment, CheckIn
 from tests.edge_client.fake_manifest import Fetched, blob, fake_manifest
 from tests.edge_client.tiny import initial_weights, make_data, make_job, run_segments
@@ -73,7 +74,7 @@ class Bench:
         self.work = Assignment(
             phase=phase,
             run="run-1",
-            manifest=self.manifest.digest,
+            manifest=hash_bytes(self.manifest.to_json()),
             stage=stage,
             round=round,
             weights=weights,
@@ -374,7 +375,7 @@ def test_drawn_features_are_those_of_running_only_those_layers(programs, tmp_pat
     work = Assignment(
         phase="train",
         run="r",
-        manifest=manifest.digest,
+        manifest=hash_bytes(manifest.to_json()),
         stage=2,
         round=0,
         weights={name: manifest.initial_weights[name] for name in (*stage.active, *drawn)},

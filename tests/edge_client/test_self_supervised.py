@@ -22,7 +22,7 @@ from lamina.bundle import blob_path
 from lamina.model import Encoder, ModelDescription, Projection, SelfSupervised, SensorWindows
 from lamina.plan import SGD, Augmentation, FeatureStore, Plan, Training
 from lamina.strategies import make_stages
-from lamina.tensors import decode_file
+from lamina.tensors import decode_file, hash_bytes
 from lamina.wire import Assignment, CheckIn
 
 OBJECTIVES = {
@@ -73,7 +73,7 @@ class House:
         assignment = Assignment(
             phase=phase,
             run="r",
-            manifest=self.manifest.digest,
+            manifest=hash_bytes(self.manifest.to_json()),
             stage=0,
             round=round,
             weights={name: self.manifest.initial_weights[name] for name in names},

@@ -193,7 +193,7 @@ class TinyPrograms:
             blobs={digest: len(data) for digest, data in blobs.items()},
             versions={},
         )
-        return manifest, blobs | {manifest.digest: manifest.to_json()}
+        return manifest, blobs | {hash_bytes(manifest.to_json()): manifest.to_json()}
 
 
 def tensors(specs) -> tuple[Tensor, ...]:

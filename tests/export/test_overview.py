@@ -5,6 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from lamina.bundle import bundle_digest
 from lamina.cli.main import app
 from lamina.manifest import ENGINES
 from lamina.overview import overview, plan_picture
@@ -20,7 +21,7 @@ def bundle(request, shared_folder, program_cache):
 
 def test_modalities_add_up_to_the_stage(bundle):
     _, manifest = bundle
-    for row, stage in zip(overview(manifest).stages, manifest.stages, strict=True):
+    for row, stage in zip(overview(manifest, "0" * 64).stages, manifest.stages, strict=True):
         cost = stage.cost
         assert sum(each.active_parameters for each in row.modalities) == cost.active_parameters
         assert sum(each.frozen_parameters for each in row.modalities) == cost.frozen_parameters
@@ -33,7 +34,7 @@ def test_modalities_add_up_to_the_stage(bundle):
 
 def test_disk_is_what_a_device_of_that_stage_fetches(bundle):
     folder, manifest = bundle
-    for row in overview(manifest).stages:
+    for row in overview(manifest, "0" * 64).stages:
         for engine, size in row.disk_bytes.items():
             stage = manifest.plan.stages[row.index]
             programs = manifest.stages[row.index]
@@ -57,4 +58,4 @@ def test_inspect_verifies_and_shows_the_same_figures(bundle, tmp_path):
     done = CliRunner().invoke(app, ["inspect", str(folder), "--json", str(tmp_path / "o.json")])
     assert done.exit_code == 0, done.output
     assert f"{len(manifest.blobs)} blobs verified" in done.output
-    assert json.loads((tmp_path / "o.json").read_bytes()) == json.loads(overview(manifest).to_json())
+    assert json.loads((tmp_path / "o.json").read_bytes()) == json.loads(overview(manifest, bundle_digest(folder)).to_json())
