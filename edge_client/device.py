@@ -132,10 +132,10 @@ class Device:
                 if answer.reason == "no_run" and self._options.until_finished and self._has_worked:
                     self._say(f"finished: {answer.detail}")
                     return None
-                if answer.detail != self._said:
-                    self._said = answer.detail
-                    self._say(f"waiting: {self._said}")
-                self._transport.sleep(self._transport.uniform(answer.wait_seconds_min, answer.wait_seconds_max))
+                if answer.reason != self._said:  # the numbers in its detail change all the time
+                    self._said = answer.reason
+                    self._say(f"waiting: {answer.detail}")
+                self._transport.wait(answer)
                 continue
             self._said = ""
             try:
@@ -355,7 +355,11 @@ def _programs_of(manifest: Manifest, engine: EngineName) -> set[str]:
 
 
 def _ask(transport: Transport, heartbeat: Heartbeat) -> dict[str, Any]:
-    return transport.check_in(CheckIn.from_json(heartbeat.body)).model_dump()
+    """Raises OSError if no answer comes: training goes on."""
+    try:
+        return transport.check_in(CheckIn.from_json(heartbeat.body)).model_dump()
+    except LaminaError as error:
+        raise OSError(error.message) from error
 
 
 def main() -> int:

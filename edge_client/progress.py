@@ -4,12 +4,16 @@ import sys
 import time
 from collections.abc import Callable
 
+from lamina.printable import printable
+
 Say = Callable[[str], None]
 _EVERY_SECONDS = 5.0
+_LINE_CHARACTERS = 1000
 
 
 def say(line: str) -> None:
-    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    """One line; what another machine put into it is shown as text and steers nothing."""
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {printable(line, _LINE_CHARACTERS)}\n")
     sys.stderr.flush()
 
 

@@ -13,24 +13,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from pydantic import ValidationError
-
-from edge_client.light_imports import hidden
 from edge_client.progress import Progress, Say, say
 from lamina.bundle import hash_file
 from lamina.compression import Compression
+from lamina.connection import (
+    MAX_ANSWER_BYTES,
+    Answer,
+    Connection,
+    bearer,
+    content_length,
+    httpx,
+    is_cut,
+    parsed,
+    parsed_one_of,
+    path_of,
+    refusal,
+    refuse_compressed,
+)
 from lamina.errors import (
-    ConfigError,
     HashMismatchError,
-    LaminaError,
     ProtocolError,
     StoreError,
     UnknownNameError,
     UnreachableError,
-    all_errors,
 )
 from lamina.files import raise_if_full
-from lamina.record import Record
+from lamina.printable import printable
 from lamina.signing import parse_signature
 from lamina.wire import (
     CHECK_IN_ANSWER,
@@ -42,29 +50,44 @@ from lamina.wire import (
     Enrolled,
     Enrolment,
     Evaluation,
-    Problem,
     Refused,
     Signature,
     TrainReport,
     Wait,
 )
 
-with hidden("httpx._main"):  # the command line of httpx: rich, pygments and click
-    import httpx
-
 T = TypeVar("T")
 _BUSY = (429, 502, 503, 504, 507)
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 60.0
 _PIECE_BYTES = 1 << 18
+_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.2, 3600.0
+"""Of a wait, whatever the coordinator asks for."""
+_RATE_SECONDS, _LEAST_RATE_BYTES = 30.0, 15_000
+"""A download that brings fewer bytes in so long does not go on: it is begun again where it stopped."""
+_PROGRESS_BYTES = 4096
+"""So many new bytes of a download are a success, after which patience begins anew."""
+_DAMAGED_TRIES = 4
+_MALFORMED_TRIES = 5
 
 
 class _BusyError(Exception):
     """The coordinator, or a proxy before it, asks to come back later."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        super().__init__(f"status {response.status_code}")
-        self.response = response
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(f"status {answer.status}")
+        self.answer = answer
+
+
+class _DamagedError(Exception):
+    """The coordinator got other bytes than were sent, as its refusal says."""
+
+    def __init__(self, refusal: HashMismatchError) -> None:
+        super().__init__("what arrived there was damaged on its way")
+        self.refusal = refusal
+
+
+_Trouble = httpx.TransportError | _BusyError | _DamagedError
 
 
 class Transport:
@@ -86,42 +109,33 @@ class Transport:
         sleep: Callable[[float], None] = time.sleep,
         uniform: Callable[[float, float], float] = random.uniform,
     ) -> None:
-        try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"{url!r} is no coordinator address: {error}") from error
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ConfigError(f"{url!r} is no coordinator address; it looks like https://host:8000")
-        self.url = url.rstrip("/")
+        self._connection = Connection(url, transport=transport, clock=clock)
+        self.url = self._connection.url
         self.token = token
         self.bytes_down = 0
         self.bytes_up = 0
         self._patience_seconds = patience_seconds
         self._say, self.clock, self.sleep, self.uniform = say, clock, sleep, uniform
-        # identity: a blob's length and ranges must be those of the blob, not of a compressed form of it.
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Accept-Encoding": "identity"},
-            timeout=httpx.Timeout(60.0, connect=10.0),
-            transport=transport,
-        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._http.close()
+        self._connection.close()
 
     def enrol(self, enrolment: Enrolment, enrolment_token: str) -> Enrolled:
-        response = self._send("enrolment", "POST", "/v1/devices", enrolment.to_json(), token=enrolment_token)
-        return _parse(Enrolled, response)
+        answer = self._send("enrolment", "POST", "/v1/devices", enrolment.to_json(), token=enrolment_token)
+        return parsed(Enrolled, answer)
 
     def check_in(self, message: CheckIn) -> Assignment | Wait | Refused:
-        response = self._send("check-in", "POST", "/v1/check-in", message.to_json())
-        try:
-            return CHECK_IN_ANSWER.validate_json(response.content)
-        except ValidationError as error:
-            raise ProtocolError(f"the coordinator's answer to a check-in is not understood: {error}") from error
+        return parsed_one_of(CHECK_IN_ANSWER, self._send("check-in", "POST", "/v1/check-in", message.to_json()))
+
+    def wait(self, answer: Wait) -> None:
+        """Sleeps as the coordinator asks, at random between its two bounds, but neither in a hot loop nor for hours."""
+        # Equal bounds would bring a fleet back all at once.
+        shortest = min(max(answer.wait_seconds_min, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS / 1.1)
+        longest = min(max(answer.wait_seconds_max, 1.1 * shortest), _LONGEST_PAUSE_SECONDS)
+        self.sleep(self.uniform(shortest, longest))
 
     def put_update(
         self,
@@ -136,12 +150,12 @@ class Transport:
         headers = {REPORT_HEADER: report.model_dump_json(), "Content-Type": "application/octet-stream"}
         if compression != "none":
             headers["Content-Encoding"] = compression
-        path = f"/v1/runs/{run}/stages/{stage}/rounds/{round}/update"
-        return _parse(Accepted, self._send("upload of the update", "PUT", path, body, headers))
+        path = path_of("v1", "runs", run, "stages", stage, "rounds", round, "update")
+        return parsed(Accepted, self._send("upload of the update", "PUT", path, body, headers))
 
     def put_evaluation(self, run: str, stage: int, round: int, evaluation: Evaluation) -> Accepted:
-        path = f"/v1/runs/{run}/stages/{stage}/rounds/{round}/evaluation"
-        return _parse(Accepted, self._send("upload of the evaluation", "PUT", path, evaluation.to_json()))
+        path = path_of("v1", "runs", run, "stages", stage, "rounds", round, "evaluation")
+        return parsed(Accepted, self._send("upload of the evaluation", "PUT", path, evaluation.to_json()))
 
     def signature(self, digest: str) -> Signature | None:
         """The signature of a manifest, not verified; None if the coordinator has none, or is older than signatures.
@@ -149,59 +163,84 @@ class Transport:
         Raises SignatureError for an answer that is no signature.
         """
         try:
-            response = self._send("signature", "GET", f"/v1/manifests/{digest}/signature", b"")
+            answer = self._send("signature", "GET", path_of("v1", "manifests", digest, "signature"), b"")
         except UnknownNameError:
             return None
-        return parse_signature(response.content, f"the signature from {self.url}")
+        return parse_signature(answer.content, f"the signature from {self.url}")
 
     def download(self, digest: str, target: Path, max_bytes: int | None = None) -> None:
         """Appends to `target` what is still missing of a blob; a cut connection resumes where it was cut.
 
-        The content is not verified here. Raises HashMismatchError as soon as a blob exceeds `max_bytes`.
+        The content is not verified here. Raises HashMismatchError as soon as a blob exceeds `max_bytes`, ProtocolError for an
+        answer that is none to this question.
         """
+        self._retry(f"blob {digest[:12]}", lambda patience: self._download_once(digest, target, max_bytes, patience))
 
-        def attempt(patience: "_Patience") -> None:
-            have = target.stat().st_size if target.exists() else 0
-            headers = {"Authorization": f"Bearer {self.token}"}
-            if have:
-                headers |= {"Range": f"bytes={have}-", "If-Range": f'"{digest}"'}
-            with self._http.stream("GET", f"/v1/blobs/{digest}", headers=headers) as response:
-                if response.status_code == 416:  # the file is complete, or longer than the blob
-                    self._count_down(len(response.read()))
-                    if response.headers.get("Content-Range") != f"bytes */{have}":
-                        target.unlink()
-                        return attempt(patience)
-                    return None
-                if response.status_code not in (200, 206):
-                    response.read()
-                    self._check(response)
-                if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                    raise ProtocolError(
-                        f"blob {digest}: asked for the bytes from {have}, the coordinator sent "
-                        f"{response.headers.get('Content-Range')!r}"
-                    )
-                start = have if response.status_code == 206 else 0
-                total = start + int(response.headers.get("Content-Length", 0))
-                progress = Progress(self._say, f"blob {digest[:12]}, bytes", total, self.clock)
+    def _download_once(self, digest: str, target: Path, max_bytes: int | None, patience: "_Patience") -> None:
+        have = target.stat().st_size if target.exists() else 0
+        headers = bearer(self.token)
+        if have:
+            headers |= {"Range": f"bytes={have}-", "If-Range": f'"{digest}"'}
+        with self._connection.open("GET", path_of("v1", "blobs", digest), None, headers) as response:
+            status, question = response.status_code, f"blob {digest}"
+            is_complete = status == 416 and response.headers.get("Content-Range") == f"bytes */{have}"
+            if status in (200, 206):
+                start = self._first_byte(response, have, question)
+                length = content_length(response, question)
+                total = None if length is None else start + length
+                if max_bytes is not None and (total or 0) > max_bytes:
+                    raise _too_long(digest, max_bytes)
+                refuse_compressed(response, question)
                 try:
                     with target.open("ab" if start else "wb") as file:
-                        for piece in response.iter_raw():  # as they come: a fixed size would hold back, and lose, the last
-                            self._count_down(len(piece))
-                            start += len(piece)
-                            if max_bytes is not None and start > max_bytes:
-                                raise HashMismatchError(f"blob {digest} is longer than the {max_bytes} bytes it may have")
+                        for piece in self._flowing(response, start, total, digest, patience):
+                            if max_bytes is not None and file.tell() + len(piece) > max_bytes:
+                                raise _too_long(digest, max_bytes)
                             file.write(piece)
                             file.flush()
-                            patience.reset()
-                            progress.at(start)
-                    if start < total:
-                        raise httpx.RemoteProtocolError(f"the connection was cut at byte {start} of {total}")
                 except OSError as error:
                     raise_if_full(error, target)
                     raise
-            return None
+                return
+            answer = self._connection.read(response)
+        self._count_down(len(answer.content))
+        if not (status == 416 and have):
+            self._check(answer)
+            raise ProtocolError(f"{question} was answered with status {status}, which has no blob")
+        if not is_complete:  # the file is longer than the blob
+            target.unlink()
+            self._download_once(digest, target, max_bytes, patience)
 
-        self._retry(f"blob {digest[:12]}", attempt)
+    def _first_byte(self, response: httpx.Response, have: int, question: str) -> int:
+        """Where in the blob the body of an answer begins."""
+        if response.status_code == 200:
+            return 0
+        there = response.headers.get("Content-Range", "")
+        if not have or not there.startswith(f"bytes {have}-"):
+            raise ProtocolError(f"{question}: asked for the bytes from {have}, the coordinator sent {printable(there)!r}")
+        return have
+
+    def _flowing(
+        self, response: httpx.Response, start: int, total: int | None, digest: str, patience: "_Patience"
+    ) -> Iterator[bytes]:
+        """The pieces of a body as they come. Raises httpx.TransportError for one that drips, or that ends too soon."""
+        progress = Progress(self._say, f"blob {digest[:12]}, bytes", total or 0, self.clock)
+        have = since_success = window_bytes = 0
+        window_ends = self.clock() + _RATE_SECONDS
+        for piece in response.iter_raw():  # as they come: a fixed size would hold back, and lose, the last
+            self._count_down(len(piece))
+            have, since_success, window_bytes = have + len(piece), since_success + len(piece), window_bytes + len(piece)
+            yield piece
+            progress.at(start + have)
+            if since_success >= _PROGRESS_BYTES:
+                patience.reset()
+                since_success = 0
+            if self.clock() >= window_ends:
+                if window_bytes < _LEAST_RATE_BYTES and start + have != total:
+                    raise httpx.ReadTimeout(f"only {window_bytes} bytes came in {_RATE_SECONDS:.0f} s")
+                window_bytes, window_ends = 0, self.clock() + _RATE_SECONDS
+        if total is not None and start + have < total:
+            raise httpx.RemoteProtocolError(f"the connection was cut at byte {start + have} of {total}")
 
     def _send(
         self,
@@ -211,46 +250,67 @@ class Transport:
         body: bytes | Path,
         headers: dict[str, str] | None = None,
         token: str | None = None,
-    ) -> httpx.Response:
+        most_bytes: int = MAX_ANSWER_BYTES,
+    ) -> Answer:
         if isinstance(body, Path):
             digest, length = bytes.fromhex(hash_file(body)), body.stat().st_size
         else:
             digest, length = sha256(body).digest(), len(body)
         everything = {
-            "Authorization": f"Bearer {self.token if token is None else token}",
+            **bearer(self.token if token is None else token),
             "Content-Type": "application/json",
             "Content-Length": str(length),
             DIGEST_HEADER: f"sha-256=:{b64encode(digest).decode()}:",
             **(headers or {}),
         }
 
-        def attempt(patience: "_Patience") -> httpx.Response:
+        def attempt(patience: "_Patience") -> Answer:
             self.bytes_up += length
             # A file is opened anew for each attempt.
             content = _pieces(body) if isinstance(body, Path) else body
-            response = self._http.request(method, path, content=content, headers=everything)
-            self._check(response)
-            self._count_down(len(response.content))
-            return response
+            answer = self._connection.ask(method, path, content, everything, most_bytes)
+            self._count_down(len(answer.content))
+            self._check(answer)
+            return answer
 
         return self._retry(what, attempt)
 
     def _retry(self, what: str, attempt: Callable[["_Patience"], T]) -> T:
-        patience = _Patience(what, self.url, self._patience_seconds, self._say, self.clock, self.sleep, self.uniform)
+        """Tries until it succeeds. Trouble that would be the same the next time ends it earlier than patience does."""
+        where = self.url + self._connection.way
+        patience = _Patience(what, where, self._patience_seconds, self._say, self.clock, self.sleep, self.uniform)
+        damaged = malformed = 0
         while True:
             try:
                 return attempt(patience)
+            except _DamagedError as error:
+                damaged += 1
+                if damaged == _DAMAGED_TRIES:
+                    raise HashMismatchError(
+                        f"{what}: it was damaged on its way to {where} {damaged} times ({error.refusal.message}); something "
+                        "between alters it. Run the same command again: what was to be sent is kept"
+                    ) from error
+                patience.wait(error)
             except (httpx.TransportError, _BusyError) as error:
+                if isinstance(error, httpx.TransportError) and not is_cut(error):
+                    malformed += 1
+                    if malformed == _MALFORMED_TRIES:
+                        raise ProtocolError(
+                            f"{what}: what {where} answers is no HTTP ({printable(str(error))}); is this the address of a "
+                            f"lamina coordinator, and does it speak {self.url.partition(':')[0]}?"
+                        ) from error
                 patience.wait(error)
 
-    def _check(self, response: httpx.Response) -> None:
+    def _check(self, answer: Answer) -> None:
         """Raises what a refusal means; does nothing for a success."""
-        if response.is_success:
+        if answer.is_success:
             return
-        self._count_down(len(response.content))
-        if response.status_code in _BUSY:
-            raise _BusyError(response)
-        raise _refusal(response)
+        if answer.status in _BUSY:
+            raise _BusyError(answer)
+        error = refusal(answer)
+        if isinstance(error, HashMismatchError):
+            raise _DamagedError(error)
+        raise error
 
     def _count_down(self, count: int) -> None:
         self.bytes_down += count
@@ -278,18 +338,18 @@ class _Patience:
         self._failures = 0
         self._deadline = self._clock() + self._seconds
 
-    def wait(self, error: httpx.TransportError | _BusyError) -> None:
+    def wait(self, error: _Trouble) -> None:
         """Returns when it is time for the next attempt. Raises what the last attempt means when there is no time left."""
-        reason = f"{error}" or type(error).__name__
+        reason = printable(f"{error}" or type(error).__name__)
         longest = min(_LONGEST_WAIT_SECONDS, _FIRST_WAIT_SECONDS * 2**self._failures)
         self._failures += 1
         pause = self._uniform(0, longest)
         if isinstance(error, _BusyError):
-            pause = max(pause, _retry_after_seconds(error.response))
+            pause = max(pause, _retry_after_seconds(error.answer))
         left = self._deadline - self._clock()
         if pause >= left:
-            if isinstance(error, _BusyError) and isinstance(refusal := _refusal(error.response), StoreError):
-                raise refusal
+            if isinstance(error, _BusyError) and isinstance(meant := refusal(error.answer), StoreError):
+                raise meant
             raise UnreachableError(
                 f"{self._what}: {self._url} did not answer for {self._seconds:.0f} s ({reason}); "
                 f"check the address and the network, then run the same command again: nothing is lost"
@@ -304,27 +364,10 @@ def _pieces(path: Path) -> Iterator[bytes]:
             yield piece
 
 
-def _retry_after_seconds(response: httpx.Response) -> float:
-    value = response.headers.get("Retry-After", "")
-    return min(float(value), 10 * _LONGEST_WAIT_SECONDS) if value.isdecimal() else 0.0
+def _retry_after_seconds(answer: Answer) -> float:
+    value = answer.headers.get("Retry-After", "")
+    return min(float(value), 10 * _LONGEST_WAIT_SECONDS) if value.isascii() and value.isdecimal() else 0.0
 
 
-def _refusal(response: httpx.Response) -> LaminaError:
-    """The error that a problem document names; ProtocolError for an answer that is none."""
-    request = response.request
-    try:
-        problem = Problem.model_validate_json(response.content)
-    except ValidationError:
-        text = response.content[:200].decode(errors="replace")
-        return ProtocolError(f"{request.method} {request.url} was answered with status {response.status_code}: {text}")
-    return all_errors().get(problem.code, ProtocolError)(problem.detail or problem.title)
-
-
-Message = TypeVar("Message", bound=Record)
-
-
-def _parse(kind: type[Message], response: httpx.Response) -> Message:
-    try:
-        return kind.from_json(response.content, f"the answer to {response.request.method} {response.request.url}")
-    except ConfigError as error:
-        raise ProtocolError(error.message) from error
+def _too_long(digest: str, max_bytes: int) -> HashMismatchError:
+    return HashMismatchError(f"blob {digest} is longer than the {max_bytes} bytes it may have")

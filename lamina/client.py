@@ -4,41 +4,62 @@ Every refusal becomes the error of `lamina.errors` whose code stands in the prob
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-
-import httpx
-from pydantic import ValidationError
+from typing import Self
 
 from lamina.bundle import blob_path, manifest_bytes, read_signature
-from lamina.errors import ConfigError, HashMismatchError, LaminaError, ProtocolError, UnreachableError, all_errors
-from lamina.files import write_durably
+from lamina.connection import (
+    MAX_ANSWER_BYTES,
+    Answer,
+    Body,
+    Connection,
+    bearer,
+    content_length,
+    httpx,
+    is_token,
+    parsed,
+    path_of,
+    refusal,
+    refuse_compressed,
+)
+from lamina.errors import ConfigError, HashMismatchError, ProtocolError, UnreachableError
+from lamina.files import move_durably, raise_if_full
 from lamina.manifest import Manifest
-from lamina.tensors import hash_bytes
-from lamina.wire import SIGNATURE_HEADER, Problem, Published, RunList, RunStatus
+from lamina.printable import printable
+from lamina.wire import SIGNATURE_HEADER, Published, RunList, RunStatus
 
 TOKEN_VARIABLE = "LAMINA_TOKEN"
 _PIECE_BYTES = 1 << 20
+MOST_STATUS_BYTES = 64 << 20
+"""A run of thousands of rounds with hundreds of devices."""
+_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
 
 def read_token(path: Path | None, environment: Mapping[str, str] = os.environ) -> str:
     """The token in a file, or in the variable LAMINA_TOKEN. Never an argument: those stand in the process list.
 
-    Raises ConfigError if there is neither, or the file is missing or empty.
+    Raises ConfigError if there is neither, or what is there can be no token; it is not quoted.
     """
     if path is None:
-        token = environment.get(TOKEN_VARIABLE, "").strip()
+        token, source = environment.get(TOKEN_VARIABLE, "").strip(), f"the environment variable {TOKEN_VARIABLE}"
         if not token:
             raise ConfigError(f"no token: give --token-file, or set the environment variable {TOKEN_VARIABLE}")
-        return token
-    try:
-        token = path.read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"token file {path} cannot be read: {error.strerror}") from error
-    if not token:
-        raise ConfigError(f"token file {path} is empty")
+    else:
+        source = f"token file {path}"
+        try:
+            token = path.read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"{source} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError:
+            raise ConfigError(f"{source} is no text") from None
+        if not token:
+            raise ConfigError(f"{source} is empty")
+    if not is_token(token):
+        raise ConfigError(f"{source} holds no token: it has a space, a line break or a letter beyond ASCII, or is too long")
     return token
 
 
@@ -46,21 +67,10 @@ class Client:
     """A connection to one coordinator, as the admin or with a device's token for the status."""
 
     def __init__(self, url: str, token: str, transport: httpx.BaseTransport | None = None) -> None:
-        """`transport` takes the place of the network in tests. Raises ConfigError for a URL that is none."""
-        try:
-            base = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"{url!r} is no URL: {error}") from error
-        if base.scheme not in ("http", "https") or not base.host:
-            raise ConfigError(f"{url!r} is no address of a coordinator; it looks like http://127.0.0.1:8763")
-        self._url = url
-        self._http = httpx.Client(
-            base_url=base,
-            headers={"Authorization": f"Bearer {token}"},
-            # Publishing waits for the coordinator's disk, which may be slow; connecting should not be.
-            timeout=httpx.Timeout(120.0, connect=10.0),
-            transport=transport,
-        )
+        """`transport` takes the place of the network in tests. Raises ConfigError for a URL or a token that is none."""
+        self._token = bearer(token)
+        # Publishing waits for the coordinator's disk, which may be slow; connecting should not be.
+        self._connection = Connection(url, read_seconds=120.0, transport=transport)
 
     def publish(self, folder: Path, manifest: Manifest, on_bytes: Callable[[int], None] = lambda count: None) -> Published:
         """Sends the blobs of a verified bundle that the coordinator lacks, then its manifest with the signature, if it has one.
@@ -70,39 +80,61 @@ class Client:
         return self._publish("/v1/runs", folder, manifest.blobs, on_bytes)
 
     def has_blob(self, digest: str) -> bool:
-        answer = self._ask("HEAD", f"/v1/blobs/{digest}")
-        if answer.status_code == 404:
+        answer = self._ask("HEAD", path_of("v1", "blobs", digest))
+        if answer.status == 404:
             return False
-        if answer.is_error:  # an answer to HEAD has no body that says why; the same question as GET has one
-            self._send("GET", f"/v1/blobs/{digest}", headers={"Range": "bytes=0-0"})
+        if not answer.is_success:  # an answer to HEAD has no body that says why; the same question as GET has one
+            self._send("GET", path_of("v1", "blobs", digest), headers={"Range": "bytes=0-0"})
         return True
 
     def put_blob(self, digest: str, path: Path, on_bytes: Callable[[int], None] = lambda count: None) -> None:
         headers = {"Content-Length": str(path.stat().st_size)}
-        self._send("PUT", f"/v1/blobs/{digest}", content=_pieces(path, on_bytes), headers=headers)
+        self._send("PUT", path_of("v1", "blobs", digest), _pieces(path, on_bytes), headers)
 
     def runs(self) -> RunList:
-        return RunList.from_json(self._send("GET", "/v1/runs").content, "the list of runs")
+        return parsed(RunList, self._send("GET", "/v1/runs"))
 
     def run(self, run: str) -> RunStatus:
-        return RunStatus.from_json(self._send("GET", f"/v1/runs/{run}").content, f"the status of {run}")
+        return parsed(RunStatus, self._send("GET", path_of("v1", "runs", run), most_bytes=MOST_STATUS_BYTES))
 
-    def blob(self, digest: str) -> bytes:
-        """The bytes of a blob. Raises HashMismatchError if they are not those of its address."""
-        data = self._send("GET", f"/v1/blobs/{digest}").content
-        if hash_bytes(data) != digest:
-            raise HashMismatchError(
-                f"blob {digest} came with sha256 {hash_bytes(data)}; try again, or look at the coordinator's disk"
-            )
-        return data
+    def save_blob(self, digest: str, path: Path) -> None:
+        """Writes the bytes of a blob to a file, which is there whole or not at all.
+
+        Raises HashMismatchError if they are not those of its address, DiskFullError.
+        """
+        partial, actual = path.with_name(path.name + ".partial"), sha256()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                for piece in self._blob(digest):
+                    actual.update(piece)
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            if actual.hexdigest() != digest:
+                raise HashMismatchError(
+                    f"blob {digest} came with sha256 {actual.hexdigest()}; try again, or look at the coordinator's disk"
+                )
+            move_durably(partial, path)
+        except OSError as error:
+            raise_if_full(error, path)
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
 
     def pull_weights(self, status: RunStatus, folder: Path) -> None:
-        """Writes the newest weights of a run as `<segment>.safetensors` files."""
+        """Writes the newest weights of a run as `<segment>.safetensors` files.
+
+        Raises ProtocolError for a segment whose name can be no file's.
+        """
+        for segment in status.weights:
+            if not _SEGMENT.fullmatch(segment):
+                raise ProtocolError(f"the coordinator names a segment {printable(segment)!r}, which can be none")
         for segment, digest in status.weights.items():
-            write_durably(folder / f"{segment}.safetensors", self.blob(digest))
+            self.save_blob(digest, folder / f"{segment}.safetensors")
 
     def close(self) -> None:
-        self._http.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -120,42 +152,54 @@ class Client:
         # The file's own bytes, not the record's: they are what was signed.
         signature = read_signature(folder)
         headers = {SIGNATURE_HEADER: signature.model_dump_json()} if signature else None
-        answer = self._send("POST", path, content=manifest_bytes(folder), headers=headers)
-        return Published.from_json(answer.content, "the answer to publishing")
+        return parsed(Published, self._send("POST", path, manifest_bytes(folder), headers))
 
     def _send(
         self,
         method: str,
         path: str,
-        content: bytes | Iterator[bytes] | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> httpx.Response:
-        answer = self._ask(method, path, content, headers)
-        if answer.is_error:
-            raise error_of(answer)
+        body: Body | None = None,
+        headers: Mapping[str, str] | None = None,
+        most_bytes: int = MAX_ANSWER_BYTES,
+    ) -> Answer:
+        answer = self._ask(method, path, body, headers, most_bytes)
+        if not answer.is_success:
+            raise refusal(answer)
         return answer
 
-    def _ask(self, method: str, path: str, content: Any = None, headers: dict[str, str] | None = None) -> httpx.Response:
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: Body | None = None,
+        headers: Mapping[str, str] | None = None,
+        most_bytes: int = MAX_ANSWER_BYTES,
+    ) -> Answer:
         """The answer, whatever it is."""
         try:
-            return self._http.request(method, path, content=content, headers=headers)
+            return self._connection.ask(method, path, body, self._token | dict(headers or {}), most_bytes)
         except httpx.TransportError as error:
-            raise UnreachableError(
-                f"the coordinator at {self._url} does not answer ({type(error).__name__}: {error}); "
-                "see that it runs and that the address is right"
-            ) from error
+            raise self._unreachable(error) from error
 
+    def _blob(self, digest: str) -> Iterator[bytes]:
+        """The bytes of a blob as they come."""
+        path = path_of("v1", "blobs", digest)
+        try:
+            with self._connection.open("GET", path, None, self._token) as response:
+                if response.status_code != 200:
+                    raise refusal(self._connection.read(response))
+                refuse_compressed(response, f"GET {path}")
+                content_length(response, f"GET {path}")
+                yield from response.iter_raw()
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
 
-def error_of(answer: httpx.Response) -> LaminaError:
-    """The error that a refusal stands for; a ProtocolError if it is no problem document, e.g. that of a proxy."""
-    try:
-        problem = Problem.model_validate_json(answer.content)
-    except ValidationError:
-        return ProtocolError(
-            f"{answer.request.method} {answer.request.url} was answered with status {answer.status_code} "
-            "and no problem document; is this the address of a lamina coordinator?"
+    def _unreachable(self, error: httpx.TransportError) -> UnreachableError:
+        why = printable(f"{type(error).__name__}: {error}")
+        way_out = "see that the proxy reaches it" if self._connection.way else "see that it runs and that the address is right"
+        return UnreachableError(
+            f"the coordinator at {self._connection.url} does not answer{self._connection.way} ({why}); {way_out}"
         )
-    return all_errors().get(problem.code, ProtocolError)(problem.detail)
 
 
 def _pieces(path: Path, on_bytes: Callable[[int], None]) -> Iterator[bytes]:

@@ -23,6 +23,7 @@
       StoreError             the disk or the database failed
         DiskFullError        no space left
       UnreachableError       the coordinator does not answer
+        TlsError             no secure connection comes about, and trying again would not help
 
 Each class has a stable `code` that also stands in the problem document sent over HTTP and as a heading in `docs/errors.md`.
 A message names the thing, the value, the bound and the way out. It never contains a token.
@@ -129,6 +130,10 @@ class DiskFullError(StoreError):
 
 class UnreachableError(LaminaError):
     code = "unreachable"
+
+
+class TlsError(UnreachableError):
+    code = "tls"
 
 
 def all_errors() -> dict[str, type[LaminaError]]:

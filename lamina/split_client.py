@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lamina.client import Client
+from lamina.client import MOST_STATUS_BYTES, Client
+from lamina.connection import parsed, path_of
 from lamina.split_manifest import SplitManifest
 from lamina.split_wire import SplitStatus
 from lamina.wire import Published, RunList
@@ -19,7 +20,7 @@ class SplitClient(Client):
         return self._publish("/v1/split/runs", folder, manifest.blobs, on_bytes)
 
     def split_runs(self) -> RunList:
-        return RunList.from_json(self._send("GET", "/v1/split/runs").content, "the list of split runs")
+        return parsed(RunList, self._send("GET", "/v1/split/runs"))
 
     def split_run(self, run: str) -> SplitStatus:
-        return SplitStatus.from_json(self._send("GET", f"/v1/split/runs/{run}").content, f"the status of {run}")
+        return parsed(SplitStatus, self._send("GET", path_of("v1", "split", "runs", run), most_bytes=MOST_STATUS_BYTES))

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from edge_client.engines.base import Array, LoadedProgram, program_arrays
-from edge_client.light_imports import hidden
 from lamina.errors import EngineError
+from lamina.light_imports import hidden
 from lamina.names import EngineName, ProgramShape
 
 with hidden("onnxruntime.training"):  # it would import torch wherever torch is installed: 283 MiB instead of 43

@@ -15,7 +15,7 @@ from lamina.errors import NonFiniteError
 from lamina.names import MOST_LOSS
 from lamina.segments import classifier
 from lamina.split import FUSED, LOGITS, SplitPlan, modality_adapter
-from lamina.split_bodies import pack, unpack
+from lamina.split_bodies import body_limit, pack, unpack
 from lamina.split_wire import SplitWork, features_down, gradients_down
 from lamina.tensors import Float32
 
@@ -52,13 +52,14 @@ class RemoteSteps:
         """One step of every classifier and modality adapter. Raises NonFiniteError, and what the coordinator refuses with."""
         plan, work, count, traffic = self._plan, self._work, len(indices), self._plan.traffic
         branches, body = self._activations("train", indices)
-        answer = self._transport.half_step("features", work.run, work.round, step, count, body)
+        most = body_limit(features_down(plan, count, work.fused, work.modalities))
+        answer = self._transport.half_step("features", work.run, work.round, step, count, body, most)
         features, f, logits = self._features(answer, count, work.fused)
         label = self._store.labels("train", indices)
         metrics, sent = self._classify(features, f, logits, label)
         body = pack(sent, traffic.gradients, traffic.compression, are_gradients=True)
-        answer = self._transport.half_step("gradients", work.run, work.round, step, count, body)
         specs = gradients_down(plan, count, work.modalities)
+        answer = self._transport.half_step("gradients", work.run, work.round, step, count, body, body_limit(specs))
         downs = unpack(answer, specs, traffic.gradients, traffic.compression, are_gradients=True)
         for m in self._modalities:
             part = modality_adapter(m)
@@ -68,7 +69,8 @@ class RemoteSteps:
 
     def evaluate(self, indices: Indices) -> Metrics:
         _, body = self._activations("test", indices)
-        answer = self._transport.answers(self._work.run, self._work.round, len(indices), body)
+        most = body_limit(features_down(self._plan, len(indices), False, self._work.modalities))
+        answer = self._transport.answers(self._work.run, self._work.round, len(indices), body, most)
         features, _, logits = self._features(answer, len(indices), False)
         label = self._store.labels("test", indices)
         return _merged(

@@ -99,10 +99,10 @@ class SplitUser:
             if answer.reason == "no_run" and self._options.until_finished and self._has_worked:
                 self._say(f"finished: {answer.detail}")
                 return False
-            if answer.detail != self._said:
-                self._said = answer.detail
+            if answer.reason != self._said:
+                self._said = answer.reason
                 self._say(f"waiting: {answer.detail}")
-            self._transport.sleep(self._transport.uniform(answer.wait_seconds_min, answer.wait_seconds_max))
+            self._transport.wait(answer)
             return True
         self._said = ""
         try:

@@ -197,8 +197,9 @@ def test_weights_that_are_gone_are_asked_for_once_more_and_then_reported(start, 
     assert [path for _, path in forgetful.requests].count("/v1/check-in") == 2
 
 
-def test_a_long_round_keeps_its_lease(start, coordinator):
-    coordinator.lease_seconds = 0.0  # so that it is renewed after every batch
+def test_a_long_round_keeps_its_lease(start, coordinator, monkeypatch):
+    coordinator.lease_seconds = 0.0
+    monkeypatch.setattr("edge_client.heartbeat.SHORTEST_PAUSE_SECONDS", 0.0)  # so that it is renewed after every batch
     coordinator.steps = coordinator.steps[:2]
     start(coordinator)
     assert coordinator.steps == []
@@ -269,13 +270,14 @@ import os, pickle, signal, sys
 from functools import partial
 from pathlib import Path
 import httpx
+from edge_client import heartbeat
 from edge_client.device import Options, join
 from edge_client.transport import Transport
 from tests.edge_client.fake_coordinator import ENROLMENT_TOKEN, FakeCoordinator
 
 coordinator = FakeCoordinator(*pickle.loads(Path(sys.argv[1]).read_bytes()))
 coordinator.steps = [("train", 1, 0)]
-coordinator.lease_seconds = 0.0
+coordinator.lease_seconds = heartbeat.SHORTEST_PAUSE_SECONDS = 0.0
 check_ins = 0
 def handle(request):
     global check_ins
