@@ -8,7 +8,7 @@ import typer
 from lamina.errors import ConfigError
 from lamina.names import ENGINES
 
-Url = Annotated[str, typer.Argument(help="Address of the coordinator, such as https://host:8000.")]
+Url = Annotated[str, typer.Argument(help="Address of the coordinator, as `lamina serve` prints it: http://192.168.1.10:8763.")]
 Name = Annotated[str, typer.Option(help="Name of this device, unique at the coordinator: letters, digits, '.', '_', '-'.")]
 Engine = Annotated[str, typer.Option(help=f"Runtime that trains: {', '.join(ENGINES)}. It must be installed here.")]
 State = Annotated[
