@@ -76,12 +76,17 @@ class Aggregator:
         except Exception as error:
             reason = _as_lamina(error, house).message
             house.trouble[round_id] = reason
-            log.error("%s of round id %d failed", work, round_id, exc_info=error)
+            log.error("%s of %s failed", work, self._text_of(round_id), exc_info=error)
             if not _may_pass(error):
                 self._hopeless[round_id] = self._hopeless.get(round_id, 0) + 1
             if self._hopeless.get(round_id, 0) >= ATTEMPTS:
                 del self._hopeless[round_id]
                 fail_round(house, round_id, f"the {work} failed {ATTEMPTS} times: {reason}")
+
+    def _text_of(self, round_id: int) -> str:
+        with self._house.database.read() as session:
+            row = session.get_one(RoundRow, round_id)
+            return f"{row.text} of run-{row.run_number}"
 
 
 def fail_round(house: House, round_id: int, reason: str) -> None:

@@ -8,10 +8,11 @@ from typing import Annotated
 from fastapi import BackgroundTasks, Depends, FastAPI, Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from coordinator import bodies, check_in, devices, downloads, evaluations, publish, rounds, signatures, status, updates
+from coordinator import bodies, check_in, devices, downloads, evaluations, publish, roster, rounds, signatures, status, updates
 from coordinator.aggregation import Aggregator, remove_leftovers
 from coordinator.house import House
 from coordinator.incoming import Incoming
+from coordinator.last_acts import note_refusal, noting_refusals, noting_refusals_of_body
 from coordinator.problems import install
 from coordinator.settings import Settings
 from coordinator.slots import Address
@@ -22,7 +23,7 @@ from lamina.bounds import MAX_COUNT
 from lamina.errors import ProtocolError
 from lamina.record import Record
 from lamina.tensors import max_file_bytes
-from lamina.wire import REPORT_HEADER, SIGNATURE_HEADER, Accepted, CheckIn, Enrolment, Evaluation, TrainReport
+from lamina.wire import REPORT_HEADER, SIGNATURE_HEADER, Accepted, CheckIn, Enrolment, Evaluation, Refused, TrainReport
 
 Authorization = Annotated[str | None, Header()]
 Index = Annotated[int, Path(ge=0, le=MAX_COUNT)]
@@ -84,7 +85,11 @@ def create_app(
     @app.post("/v1/check-in")
     def ask_for_work(device: Device, body: Json, later: BackgroundTasks) -> Response:
         later.add_task(aggregator.run_due)
-        return _json(check_in.check_in(house, device, CheckIn.from_json(body, "the check-in")))
+        with noting_refusals(house, device):
+            answer = check_in.check_in(house, device, CheckIn.from_json(body, "the check-in"))
+        if isinstance(answer, Refused):
+            note_refusal(house, device, "refused", answer.detail)
+        return _json(answer)
 
     @app.api_route("/v1/blobs/{digest}", methods=["GET", "HEAD"])
     def get_blob(_: Known, digest: str, request: Request) -> Response:
@@ -118,35 +123,42 @@ def create_app(
         later.add_task(aggregator.run_due)
         return _json(status.run_status(house, run))
 
+    @app.get("/v1/runs/{run}/devices")
+    def run_devices(_: Known, run: str) -> Response:
+        return _json(roster.device_list(house, run))
+
     @app.put("/v1/runs/{run}/stages/{stage}/rounds/{number}/update")
     async def put_update(
         device: Device, run: str, stage: Index, number: Index, request: Request, later: BackgroundTasks
     ) -> Response:
         later.add_task(aggregator.run_due)
-        address = Address(device_id=device, run=run, stage=stage, round=number)
-        digest = bodies.content_digest(request)
-        report, compression = _train_report(request), bodies.content_compression(request)
-        expected = await run_in_threadpool(updates.expect_update, house, address, digest, report, compression)
-        if isinstance(expected, Accepted):
-            return _json(expected)
-        limit_bytes = max_file_bytes(expected.specs)
-        bodies.check_length(request, limit_bytes)
-        with Incoming(settings.updates, limit_bytes) as incoming:
-            await bodies.receive(request, incoming)
-            accepted = await run_in_threadpool(
-                updates.accept_update, house, address, incoming, digest, report, expected, compression
-            )
-        return _json(accepted)
+        async with noting_refusals_of_body(house, device):
+            address = Address(device_id=device, run=run, stage=stage, round=number)
+            return _json(await _receive_update(house, address, request))
 
     @app.put("/v1/runs/{run}/stages/{stage}/rounds/{number}/evaluation")
     def put_evaluation(device: Device, run: str, stage: Index, number: Index, body: Json) -> Response:
         address = Address(device_id=device, run=run, stage=stage, round=number)
-        evaluation = Evaluation.from_json(body, "the evaluation")
-        return _json(evaluations.accept_evaluation(house, address, evaluation))
+        with noting_refusals(house, device):
+            evaluation = Evaluation.from_json(body, "the evaluation")
+            return _json(evaluations.accept_evaluation(house, address, evaluation))
 
     if split is not None:
         app.include_router(split_routes(house, split))
     return app
+
+
+async def _receive_update(house: House, address: Address, request: Request) -> Accepted:
+    digest = bodies.content_digest(request)
+    report, compression = _train_report(request), bodies.content_compression(request)
+    expected = await run_in_threadpool(updates.expect_update, house, address, digest, report, compression)
+    if isinstance(expected, Accepted):
+        return expected
+    limit_bytes = max_file_bytes(expected.specs)
+    bodies.check_length(request, limit_bytes)
+    with Incoming(house.settings.updates, limit_bytes) as incoming:
+        await bodies.receive(request, incoming)
+        return await run_in_threadpool(updates.accept_update, house, address, incoming, digest, report, expected, compression)
 
 
 def _json(record: Record, status_code: int = 200) -> Response:

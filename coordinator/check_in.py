@@ -1,11 +1,14 @@
 """A device asks for work. The same device asking again gets the same work, and its lease begins anew."""
 
+import logging
+
 from sqlalchemy.orm import Session
 
 from coordinator.assignments import make_assignment
 from coordinator.calibration import take_calibration, why_not_calibrate
 from coordinator.devices import get_device, remember
 from coordinator.house import House
+from coordinator.last_acts import note_act
 from coordinator.modalities import largest_set, to_text
 from coordinator.rounds import advance, current_round, get_run, open_runs, paused_runs, places
 from coordinator.tables import CalibrationRow, DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
@@ -14,6 +17,8 @@ from coordinator.timeline import lease_of, tenure_of
 from coordinator.waiting import describe
 from lamina.manifest import Manifest
 from lamina.wire import Assignment, CheckIn, Refused, Wait
+
+log = logging.getLogger("lamina.coordinator")
 
 
 def check_in(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait | Refused:
@@ -88,7 +93,9 @@ def offer(house: House, session: Session, run: RunRow, device: DeviceRow, facts:
     if facts.role == "calibrator":
         if row.phase == "calibrating" and take_calibration(session, row, device.id, terms, now, lease_ends):
             return make_assignment(house, session, run, row, device, "calibrate", terms)
-    elif row.phase == "training" and (place := _take_place(house, session, run, row, device.id, now)):
+    elif row.phase == "training" and (place := _take_place(house, session, run, row, device, now)):
+        if not place.has_asked:
+            note_act(device, f"took its place in {row.text} of {run.id}", now)
         place.lease_ends_unix_seconds = lease_of(place, plan.cohort, now)
         house.clock.store(session, now, is_urgent=True)
         place.download_encoding, place.upload_encoding = terms.download_encoding, terms.upload_encoding
@@ -114,26 +121,28 @@ def _has_work(session: Session, row: RoundRow, device_id: str) -> bool:
     return session.get(EvaluationRow, key) is not None
 
 
-def _take_place(house: House, session: Session, run: RunRow, row: RoundRow, device_id: str, now: float) -> PlaceRow | None:
+def _take_place(house: House, session: Session, run: RunRow, row: RoundRow, device: DeviceRow, now: float) -> PlaceRow | None:
     """The device's place in the round, kept, new or taken over; None if it has sent its update or all are held.
 
     A device that had a place for as long as it may takes none from another: two that never send would take it in turns.
     """
-    if session.get(UpdateRow, (row.id, device_id)) is not None:
+    if session.get(UpdateRow, (row.id, device.id)) is not None:
         return None
     cohort = house.manifest(run.manifest).plan.cohort
     held = places(session, row)
-    mine = session.get(PlaceRow, (row.id, device_id))
+    mine = session.get(PlaceRow, (row.id, device.id))
     if mine is None or mine.is_lost:
         if len(held) >= cohort.size:
             silent = [place for place in held if _is_silent(session, place, now)]
             if not silent or (mine is not None and tenure_of(mine, cohort) <= now):
                 return None
             silent[0].is_lost = True
+            loser = session.get_one(DeviceRow, silent[0].device_id).name
+            log.warning("%s: %s fell silent, %s has its place in %s", run.id, loser, device.name, row.text)
         if mine is None:
-            mine = PlaceRow(round_id=row.id, device_id=device_id, taken_unix_seconds=now)
+            mine = PlaceRow(round_id=row.id, device_id=device.id, taken_unix_seconds=now)
             session.add(mine)
-        mine.is_lost = False
+        mine.is_lost, mine.has_asked = False, False
     return mine
 
 

@@ -33,7 +33,7 @@ def start_round(house: House, session: Session, run: RunRow, now: float) -> None
     log.info("%s: round %d of stage %d starts", run.id, run.round, run.stage)
     if plan.cohort.pool is None:
         return
-    found = session.execute(select(DeviceRow.name, DeviceRow.id).where(*_is_here(house, run, now))).all()
+    found = session.execute(select(DeviceRow.name, DeviceRow.id).where(*is_here(house, run, now))).all()
     ids = {name: device_id for name, device_id in found}
     drawn = draw_cohort(ids, plan.cohort.size, plan.seed, run.stage, run.round)
     lease_ends = now + plan.cohort.lease_seconds
@@ -53,9 +53,10 @@ def start_round(house: House, session: Session, run: RunRow, now: float) -> None
 
 def count_here(house: House, session: Session, run: RunRow, now: float) -> int:
     """How many devices asked this run for work within `presence_seconds`; a calibrator is none of them."""
-    return session.scalars(select(func.count()).select_from(DeviceRow).where(*_is_here(house, run, now))).one()
+    return session.scalars(select(func.count()).select_from(DeviceRow).where(*is_here(house, run, now))).one()
 
 
-def _is_here(house: House, run: RunRow, now: float) -> tuple[ColumnElement[bool], ...]:
+def is_here(house: House, run: RunRow, now: float) -> tuple[ColumnElement[bool], ...]:
+    """Which devices asked this run for work within `presence_seconds`."""
     since = now - house.settings.presence_seconds
     return DeviceRow.run_number == run.number, DeviceRow.seen_unix_seconds.between(since, now), DeviceRow.role == "device"

@@ -1,12 +1,18 @@
 """Evaluations of the weights that a round made, by the devices that were asked; each counts once."""
 
+import logging
+
+from coordinator.devices import get_device
 from coordinator.house import House
+from coordinator.last_acts import note_act
 from coordinator.losses import MAX_EXAMPLES
 from coordinator.rounds import advance, get_round, get_run
 from coordinator.slots import Address, require_open
 from coordinator.tables import EvaluationRow
 from lamina.errors import RoundClosedError, UpdateRejectedError
 from lamina.wire import Accepted, Evaluation
+
+log = logging.getLogger("lamina.coordinator")
 
 
 def accept_evaluation(house: House, address: Address, evaluation: Evaluation) -> Accepted:
@@ -34,6 +40,9 @@ def accept_evaluation(house: House, address: Address, evaluation: Evaluation) ->
         if row.phase != "evaluating":
             raise RoundClosedError(f"{address.text} takes no more evaluations; check in for new work")
         asked.evaluation = text
+        device = get_device(session, address.device_id)
+        note_act(device, f"evaluated {address.text}", house.clock())
+        log.info("%s: evaluation of %s accepted", address.text, device.name)
         session.flush()
         advance(house, session, run, house.clock())
     return _accepted(address)

@@ -10,6 +10,7 @@ from coordinator.house import House
 from coordinator.modalities import from_text, is_measured_alike
 from coordinator.rounds import is_calibrated
 from coordinator.stages import early_end
+from coordinator.stored import read_stored
 from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from coordinator.terms import Terms, shortfall
 from lamina.manifest import Manifest
@@ -91,7 +92,7 @@ def _accuracies(session: Session, plan: Plan, row: RoundRow) -> list[str]:
     by_set: dict[tuple[str, ...], list[Evaluation]] = {}
     for answer in answers:
         modalities = from_text(answer.modalities)
-        by_set.setdefault(modalities, []).append(Evaluation.model_validate_json(answer.evaluation or ""))
+        by_set.setdefault(modalities, []).append(read_stored(Evaluation, answer.evaluation or ""))
     if set(by_set) <= {()}:
         return []
     sets = ((), *plan.device_modalities)

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from coordinator.losses import mean_by_examples
 from coordinator.modalities import from_text, is_measured_alike
 from coordinator.self_tuning import has_stalled
+from coordinator.stored import read_stored
 from coordinator.tables import EvaluationRow, RoundRow, RunRow, TeacherRow, UpdateRow, WeightRow
 from lamina.manifest import Manifest
 from lamina.plan import Plan
@@ -95,7 +96,7 @@ def _remember_teacher(session: Session, manifest: Manifest, run: RunRow) -> None
 def _train_losses(session: Session, plan: Plan, round_id: int) -> Iterator[tuple[float, int]]:
     for update in session.scalars(select(UpdateRow).where(UpdateRow.round_id == round_id)):
         if is_measured_alike(plan, from_text(update.modalities)):
-            report = TrainReport.model_validate_json(update.report)
+            report = read_stored(TrainReport, update.report)
             yield report.loss, report.num_examples
 
 
@@ -103,5 +104,5 @@ def _test_losses(session: Session, plan: Plan, round_id: int) -> Iterator[tuple[
     answers = select(EvaluationRow).where(EvaluationRow.round_id == round_id, EvaluationRow.evaluation.is_not(None))
     for answer in session.scalars(answers):
         if is_measured_alike(plan, from_text(answer.modalities)):
-            evaluation = Evaluation.model_validate_json(answer.evaluation or "")
+            evaluation = read_stored(Evaluation, answer.evaluation or "")
             yield evaluation.loss, evaluation.num_examples

@@ -10,6 +10,7 @@ from coordinator.losses import mean_by_examples
 from coordinator.modalities import from_text, is_measured_alike
 from coordinator.notes import last_end, notes_of
 from coordinator.rounds import get_run
+from coordinator.stored import read_stored
 from coordinator.tables import DeviceRow, EvaluationRow, RoundRow, RunRow, UpdateRow, WeightRow
 from coordinator.waiting import describe, describe_round
 from lamina.tensors import ENCODINGS
@@ -51,7 +52,7 @@ def _round_status(house: House, session: Session, run: RunRow, row: RoundRow, no
     ).all()
     plan = house.manifest(run.manifest).plan
     alike = [answer for answer in answered if is_measured_alike(plan, from_text(answer.modalities))]
-    evaluations = [Evaluation.model_validate_json(answer.evaluation or "") for answer in alike]
+    evaluations = [read_stored(Evaluation, answer.evaluation or "") for answer in alike]
     examples = sum(evaluation.num_examples for evaluation in evaluations)
     loss = mean_by_examples((evaluation.loss, evaluation.num_examples) for evaluation in evaluations)
     return RoundStatus(
@@ -82,7 +83,7 @@ def _reports(session: Session, row: RoundRow) -> tuple[DeviceReport, ...]:
         DeviceReport(
             device=name,
             engine=update.engine,
-            report=TrainReport.model_validate_json(update.report),
+            report=read_stored(TrainReport, update.report),
             download_encoding=update.download_encoding,
             upload_encoding=update.upload_encoding,
             upload_compression=update.upload_compression,

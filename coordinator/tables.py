@@ -69,6 +69,10 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE runs ADD COLUMN halt TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE runs ADD COLUMN halt_reason TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE runs ADD COLUMN halted_unix_seconds FLOAT",
+        "ALTER TABLE devices ADD COLUMN did TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE devices ADD COLUMN did_unix_seconds REAL",
+        "ALTER TABLE devices ADD COLUMN refusal TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE devices ADD COLUMN refused_unix_seconds REAL",
     ),
 }
 """What turns the tables of a version into those of the next; new tables are made by themselves."""
@@ -97,7 +101,8 @@ class ClockRow(Base):
 class DeviceRow(Base):
     """A device, and what it said when it last asked for work. Its token is kept as a hash only.
 
-    `is_trusted`: it enrolled with the admin token, so it may calibrate.
+    `is_trusted`: it enrolled with the admin token, so it may calibrate. `did` is what it did last, beside asking for work, and
+    `refusal` the last one that it got (`coordinator.last_acts`); empty: none yet.
     """
 
     __tablename__ = "devices"
@@ -110,6 +115,10 @@ class DeviceRow(Base):
     test_examples: Mapped[int] = mapped_column(default=0)
     role: Mapped[DeviceRole] = mapped_column(Text, default="device")
     is_trusted: Mapped[bool] = mapped_column(default=False)
+    did: Mapped[str] = mapped_column(default="")
+    did_unix_seconds: Mapped[float | None]
+    refusal: Mapped[str] = mapped_column(default="")
+    refused_unix_seconds: Mapped[float | None]
 
 
 class RunRow(Base):
@@ -185,6 +194,10 @@ class RoundRow(Base):
     round: Mapped[int]
     phase: Mapped[RoundPhase] = mapped_column(Text, default="training", index=True)
     since_unix_seconds: Mapped[float]
+
+    @property
+    def text(self) -> str:
+        return f"round {self.round} of stage {self.stage}"
 
     def enter(self, phase: RoundPhase, now: float) -> None:
         self.phase, self.since_unix_seconds = phase, now

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from coordinator.devices import get_device
 from coordinator.house import House
 from coordinator.incoming import Incoming
+from coordinator.last_acts import note_act
 from coordinator.losses import MAX_EXAMPLES
 from coordinator.rounds import advance
 from coordinator.slots import MAX_DIFFERENCE, Address, Expected, find_slot
@@ -93,8 +94,10 @@ def accept_update(
                     body.keep_as(house.update_file(place.round_id, place.device_id))
                     session.add(_update_row(session, place, digest, content, report, encoding, compression))
                 session.flush()
+                device = get_device(session, address.device_id)
+                note_act(device, f"sent its update of {address.text}", house.clock())
+                log.info("%s: update of %s accepted", address.text, device.name)
                 advance(house, session, slot.run, house.clock())
-    log.info("%s: update of %s accepted", address.text, address.device_id)
     return _accepted(address, digest)
 
 

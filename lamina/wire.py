@@ -12,6 +12,7 @@ for what a device does, the admin token for publishing.
     GET  /v1/manifests/{sha256}/signature                         Signature
     GET  /v1/runs                                                 RunList
     GET  /v1/runs/{run}                                           RunStatus
+    GET  /v1/runs/{run}/devices                                   DeviceList
     PUT  /v1/runs/{run}/stages/{stage}/rounds/{round}/update      tensor file, TrainReport in a header -> Accepted
     PUT  /v1/runs/{run}/stages/{stage}/rounds/{round}/evaluation  Evaluation -> Accepted
 
@@ -67,6 +68,7 @@ WaitSeconds = Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS)]
 RunState = Literal["running", "finished", "paused", "cancelled", "failed"]
 Phase = Literal["train", "evaluate", "calibrate"]
 DeviceRole = Literal["device", "calibrator"]
+Awaited = Literal["none", "check_in", "update", "evaluation", "calibration"]
 
 
 class Problem(Record):
@@ -278,6 +280,39 @@ class RunStatus(Record):
     detail: Text
     rounds: Annotated[tuple[RoundStatus, ...], Field(max_length=MAX_ITEMS)]
     weights: Weights
+
+
+class DeviceState(Record):
+    """What a device of a run did last. Times are seconds ago by the coordinator's clock, so that no other clock matters.
+
+    `is_here`: it asked for work within the coordinator's `presence_seconds`. `awaited` is what the run waits
+    for from it: that it checks in, its update, its evaluation, its calibration; `none`: nothing. `did` is what it did last
+    beside asking for work, `refusal` the code and the detail of the last refusal that it got.
+    """
+
+    device: DeviceName
+    role: DeviceRole = "device"
+    is_here: bool
+    awaited: Awaited = "none"
+    seen_seconds: Seconds | None = None
+    did: Note = ""
+    did_seconds: Seconds | None = None
+    refusal: Note = ""
+    refused_seconds: Seconds | None = None
+
+
+class DeviceList(Record):
+    """The devices of a run: those that it waits for first, then those that were seen last. `more` are left out of the list.
+
+    `to_join` is how many devices the next round lacks beyond all that ever enrolled.
+    """
+
+    run: RunName
+    here: Count
+    awaited: Count = 0
+    to_join: Count = 0
+    devices: Annotated[tuple[DeviceState, ...], Field(max_length=MAX_ITEMS)] = ()
+    more: Count = 0
 
 
 class RunList(Record):

@@ -276,9 +276,9 @@ def test_the_server_s_learning_rate_scales_the_mean(coordinator: InProcess, tmp_
     coordinator.publish(bundle)
     device = coordinator.join("a")
     work = device.work()
-    too_large = {name: np.full_like(value, 0.9e30) for name, value in device.difference(work).items()}
+    too_large = {name: np.full_like(value, 0.9e4) for name, value in device.difference(work).items()}
     if rate > 1:
-        assert "above 5e+29" in problem_of(device.send(work, encode(too_large)), 422, "tensor-file")
+        assert "above 5000" in problem_of(device.send(work, encode(too_large)), 422, "tensor-file")
     device.send(work)
     learned = device.difference(work)
     specs = bundle.manifest.segment("head").tensors
