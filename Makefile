@@ -80,14 +80,15 @@ bench-split: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.split_training $(ARGS)
 
 # torch first, from the index that the user names; then lamina with its extras. ExecuTorch declares about 40 packages that
-# nothing here imports, so it is installed without them, and then the few that it does import.
+# nothing here imports, so the few that it does import are named, and it is installed without the others. pip would warn of each
+# that is lacking, in red.
 $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "lamina needs Python 3.11 or 3.12 (PYTHON=...)"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/pip install --quiet -e '.[export,coordinator,onnxruntime,torch,bench,data,dev]'
+	$(BIN)/pip install --quiet --no-warn-conflicts -e '.[export,coordinator,onnxruntime,torch,bench,data,dev]' \
+		flatbuffers ruamel.yaml tabulate pyyaml packaging
 	$(BIN)/pip install --quiet --no-deps executorch==1.5.1 'torchao>=0.18,<0.19' timm==1.0.31 torchvision==0.28.0
-	$(BIN)/pip install --quiet flatbuffers ruamel.yaml tabulate pyyaml packaging
 	touch $@
 
 clean:

@@ -24,10 +24,14 @@ from rich.table import Table
 from benchmarks.data.av_digits import Level, Split, load_av_digits
 from benchmarks.data.partition import dirichlet_rows, even_rows
 from benchmarks.demo_plan import MODEL, blended, demo_plan
+from benchmarks.methods.bounds import linear_accuracy
+from benchmarks.methods.data_sets import Loaded
 from benchmarks.processes import Processes
-from benchmarks.report import FinalModel, write_report
+from benchmarks.report import Bounds, FinalModel, write_report
 from export.assemble import assemble
 from export.bundle import export_bundle
+from export.models import build_model
+from export.report import plan_costs
 from lamina.client import Client, read_token
 from lamina.errors import ConfigError
 from lamina.keys import VARIABLE, own_key
@@ -95,10 +99,12 @@ def _run(settings: DemoSettings) -> None:
 
     final = _final_model(manifest, test, out)
     seconds = time.monotonic() - started
-    report = write_report(out, settings_of(settings), manifest, statuses, final, seconds)
+    bounds = _bounds(plans[0], train, test, settings.seed)
+    report = write_report(out, settings_of(settings), manifest, statuses, final, bounds, seconds)
     console.line()
     singles = ", ".join(f"{name} alone {value:.3f}" for name, value in report["single_modality_accuracy"].items())
     console.print(f"test accuracy [bold]{report['test_accuracy']:.3f}[/bold]{f' ({singles})' if singles else ''}")
+    console.print(f"a linear model with all data in one place: {report['linear_accuracy']:.3f}")
     console.print(f"final model: {out / 'model'}; report: {out / 'report.html'}; {seconds:.0f} s in all")
 
 
@@ -256,6 +262,11 @@ def _progress_table(plans: list[Plan], statuses: list[RunStatus]) -> Table:
             status.detail,
         )
     return table
+
+
+def _bounds(plan: Plan, train: Split, test: Split, seed: int) -> Bounds:
+    accuracy, _ = linear_accuracy(Loaded(vars(train), vars(test)), seed)
+    return Bounds(linear_accuracy=accuracy, costs=plan_costs(plan, build_model(plan.model, seed)).with_heads)
 
 
 def _final_model(manifest: Manifest, test: Split, out: Path) -> FinalModel:

@@ -61,6 +61,7 @@ def serve(
     """
     import logging
 
+    from coordinator.addresses import device_urls
     from coordinator.serve import serve as run_coordinator
     from coordinator.settings import Settings
     from lamina.errors import ConfigError
@@ -85,7 +86,11 @@ def serve(
 
     def tell(url: str) -> None:
         typer.echo(f"The coordinator listens on {url}")
-        typer.echo(f"Devices join with the token in {settings.enrolment_token}")
+        first, *others = device_urls(url, host)
+        typer.echo(f"A device joins with a copy of the token in {settings.enrolment_token}:")
+        typer.echo(f"    lamina join {first} --data DATA.npz --name NAME --engine onnxruntime --state STATE --token-file TOKEN")
+        if others:
+            typer.echo(f"or, where it does not reach that, with {', '.join(others)}")
         typer.echo(f"Publish and see the status with the token in {settings.admin_token}")
 
     runtime = None
