@@ -25,7 +25,7 @@ from lamina.manifest import Rewrite
 from lamina.model import Encoder, ModelDescription, ModuleEncoder, Projection, Supervised
 from lamina.plan import Plan
 from lamina.recipe import EncoderRecipe, Recipe, read_recipe
-from lamina.record import explain
+from lamina.record import listed
 from lamina.segments import projection
 from lamina.strategies import make_stages
 
@@ -210,7 +210,7 @@ def _from_recipe(recipe: Recipe, changes: Mapping[str, Any], faults: Faults | No
             **{name: getattr(recipe, name) for name in _SAME_IN_A_PLAN},
         )
     except ValidationError as error:
-        raise ConfigError(f"the plan of {recipe.name!r}: {explain(error, Recipe)}") from error
+        raise ConfigError(f"the plan of {recipe.name!r}{listed(error, Recipe)}") from error
     model = build_model(description, recipe.seed, trunks)
     return _resolved(plan, model, trunks, faults)
 

@@ -15,7 +15,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from lamina.bounds import MAX_ROUNDS
 from lamina.errors import ConfigError
@@ -32,7 +32,7 @@ from lamina.model import (
     Supervised,
 )
 from lamina.plan import Calibration, Cohort, Plan, PositiveFloat, SelfTuning, StrategyName, Training
-from lamina.record import Record
+from lamina.record import Record, listed
 
 
 class EncoderRecipe(Record):
@@ -136,6 +136,9 @@ class Recipe(Record):
         )
 
 
+SUFFIXES = (".toml", ".yaml", ".yml", ".json")
+
+
 def read_recipe(path: Path) -> Recipe | Plan:
     """Reads a plan file by its suffix: .toml, .yaml, .yml or .json.
 
@@ -150,7 +153,10 @@ def read_recipe(path: Path) -> Recipe | Plan:
         text = json.dumps(values, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {error}; a plan holds numbers, texts, lists and tables only") from error
-    return kind.from_json(text, str(path))
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"{path} is not a valid {kind.__name__}{listed(error, kind)}") from error
 
 
 def parse_plan_file(path: Path) -> Any:

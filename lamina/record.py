@@ -70,6 +70,16 @@ def explain(error: ValidationError, record: type[BaseModel] | None = None, limit
     For a key that `record` does not have, the nearest one that it or a record inside it has. Keys and values are somebody
     else's: they are shown short and printable, and showing them costs the same however long they are.
     """
+    return "; ".join(_faults(error, record, limit))
+
+
+def listed(error: ValidationError, record: type[BaseModel] | None = None, limit: int = 20) -> str:
+    """The faults for somebody who mends a file: one behind a colon, several on a line each."""
+    faults = _faults(error, record, limit)
+    return f": {faults[0]}" if len(faults) == 1 else ":" + "".join(f"\n  {fault}" for fault in faults)
+
+
+def _faults(error: ValidationError, record: type[BaseModel] | None, limit: int) -> list[str]:
     faults = error.errors(include_url=False, include_context=False)
     lines = []
     for fault in faults[:limit]:
@@ -80,7 +90,7 @@ def explain(error: ValidationError, record: type[BaseModel] | None = None, limit
         lines.append(f"{where}: {printable(fault['msg'], 1000)} (given: {_glimpse(fault.get('input'))})")
     if len(faults) > limit:
         lines.append(f"and {len(faults) - limit} more")
-    return "; ".join(lines)
+    return lines
 
 
 _SHOWN = 60

@@ -29,7 +29,7 @@ from lamina.errors import ConfigError
 from lamina.model import Encoder, ModelDescription, Name, Positive, Projection, Supervised
 from lamina.names import Precision
 from lamina.plan import AdamW, OptimizerSettings, PositiveFloat
-from lamina.record import Record, explain
+from lamina.record import Record, listed
 from lamina.segments import classifier, layer, norm, stem
 from lamina.tensors import Encoding
 
@@ -206,7 +206,7 @@ class SplitPlan(Record):
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"{path} is no valid TOML: {error}") from error
         except ValidationError as error:
-            raise ConfigError(f"{path} is not a valid split plan: {explain(error, cls)}") from error
+            raise ConfigError(f"{path} is not a valid split plan{listed(error, cls)}") from error
 
     @property
     def modalities(self) -> tuple[str, ...]:

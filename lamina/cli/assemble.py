@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lamina.cli.progress import telling
+
 if TYPE_CHECKING:
     from lamina.manifest import Manifest
 
@@ -38,7 +40,7 @@ def assemble(
     from lamina.tensors import decode_file
 
     console = Console()
-    with Console(stderr=True).status("verify the bundle") as status:
+    with telling("verify the bundle") as tell:
         manifest = read_bundle(bundle, trust=users_trust(allow_unsigned), tell=lambda line: typer.echo(line, err=True))
         _may_call_factories(bundle, manifest, run_factories)
         values = {}
@@ -47,7 +49,7 @@ def assemble(
             if not path.is_file():
                 raise TensorFileError(f"{path} is missing; `lamina pull` writes one file for each segment")
             values[name] = decode_file(str(path), manifest.segment(name).tensors)
-        status.update("write and compare the model")
+        tell("write and compare the model")
         model = assemble_model(manifest, values, out)
     for path in (model.safetensors, model.state_dict, model.onnx, model.pte):
         console.print(f"{path}  {path.stat().st_size:,} bytes", soft_wrap=True)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from lamina.cli.progress import telling
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def memory(
             from benchmarks.device.prepare import prepare as prepare_cases
 
             orders = _orders(workload, engine, case, batch, stage, micro_batch)
-            with err.status("prepare") as line:
-                prepared = prepare_cases(orders, Path(folder), command, line.update)
+            with telling("prepare") as tell:
+                prepared = prepare_cases(orders, Path(folder), command, tell)
         else:
             if micro_batch is not None:
                 raise ConfigError("--micro-batch is decided by `lamina bench prepare`; leave it out with --bundle")
@@ -131,9 +132,9 @@ def memory(
                 peak = f"{row.peak_rss_bytes / 2**20:.0f} MiB" if row.peak_rss_bytes else ""
                 err.print(f"{row.workload}, {row.side}, {row.case}, {row.optimizer}: {row.status} {peak}", highlight=False)
 
-        with err.status("measure") as line:
+        with telling("measure") as tell:
             settings = Settings(steps, optimizers, cuda, tegrastats)
-            result = measure(prepared, Path(folder), cases, settings, command, save, line.update)
+            result = measure(prepared, Path(folder), cases, settings, command, save, tell)
     for name in dict.fromkeys(row.workload for row in result.rows):
         console.print(result_table(result, name))
     for fault in faults(result.rows):
@@ -161,13 +162,11 @@ def prepare(
     """
     import sys
 
-    from rich.console import Console
-
     from benchmarks.device.prepare import prepare as prepare_cases
 
     orders = _orders(workload, engine, case, batch, stage, micro_batch)
-    with Console(stderr=True).status("prepare") as line:
-        bundle = prepare_cases(orders, output, " ".join(["lamina", *sys.argv[1:]]), line.update)
+    with telling("prepare") as tell:
+        bundle = prepare_cases(orders, output, " ".join(["lamina", *sys.argv[1:]]), tell)
     for prepared in bundle.cases:
         if prepared.unavailable:
             typer.echo(f"{prepared.label()}: {prepared.unavailable}")

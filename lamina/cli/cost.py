@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lamina.cli.plan_options import Classes, FreezeStems, LayersPerStage, Rounds, Strategy, changes
+from lamina.cli.plan_options import Classes, FreezeStems, LayersPerStage, Rounds, Strategy, changes, check_plan_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -47,6 +47,7 @@ def cost(
     for one sample, 3 x the forward pass of trained segments and 1 x that of frozen ones. Every table stands with the heads
     (projections, task head) and without them. docs/cost.md has the conventions, and published results as a check.
     """
+    check_plan_file(plan)
     from rich.console import Console
 
     from export.recipe import resolve

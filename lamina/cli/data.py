@@ -1,12 +1,11 @@
 """`lamina data`: a user's own examples as the file that a device trains from, and what is wrong with them."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from lamina.cli.progress import counting
 from lamina.errors import ConfigError, DataError
 from lamina.printable import printable
 
@@ -120,8 +119,8 @@ def pack(
         raise ConfigError(f"{out} exists; pass --overwrite to replace it (not while a device trains from it)")
     model = _model(plan)
     options = _options(model, **{name: given[name] for name in _OPTIONS})
-    with _progress("packing") as show:
-        report = pack_data(source, model, out, options, skip_bad, show)
+    with counting("packing") as show:
+        report = pack_data(source, model, out, options, skip_bad, lambda done, total: show("packing", done, total))
     _print(report)
     if report.left_out:
         typer.echo(
@@ -166,8 +165,8 @@ def check(
 
     model = _model(plan)
     options = _options(model, **{name: given[name] for name in _OPTIONS})
-    with _progress("checking") as show:
-        report = check_data(source, model, options, show)
+    with counting("checking") as show:
+        report = check_data(source, model, options, lambda done, total: show("checking", done, total))
     _print(report)
     if report.faults.total:
         raise typer.Exit(1)
@@ -294,17 +293,6 @@ def _numbers(texts: list[str] | None, pictures: list[str], option: str) -> dict[
             raise ConfigError(f"{option} {text!r}: the model takes no images; write {option} MODALITY={values}")
         result.update(dict.fromkeys([name] if name else pictures, numbers))
     return result
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _print(report: "Report") -> None:

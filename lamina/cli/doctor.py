@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lamina.cli.progress import telling
 from lamina.errors import ConfigError
 from lamina.names import ENGINES, EngineName
 
@@ -80,9 +81,9 @@ def _installation(asked: list[str], states: list[Path], file: Path | None) -> No
     unknown = [name for name in asked if name not in ROLES]
     if unknown:
         raise ConfigError(f"there is no role {unknown[0]!r}; known: {', '.join(ROLES)}")
-    with Console(stderr=True).status("looking") as status:
+    with telling("looking") as tell:
         others = [*_folder_checks(states), _sensor_check()]
-        report = look(roles, find_compiler(), others, lambda line: status.update(line))
+        report = look(roles, find_compiler(), others, tell)
     _show_report(report, Console(highlight=False))
     _write(file, report.to_json())
     if report.has_fault:
@@ -168,12 +169,12 @@ def _model(source: str, chosen: Sequence[str], file: Path | None) -> None:
         raise ConfigError(f"unknown engine {unknown[0]!r}; known: {', '.join(ENGINES)}")
     engines: tuple[EngineName, ...] = tuple(name for name in ENGINES if name in chosen)
     # While a layer is traced, the standard error itself is silent (`export.quiet`).
-    with os.fdopen(os.dup(2), "w") as screen, Console(file=screen).status(f"reading {source}") as status:
+    with os.fdopen(os.dup(2), "w") as screen, telling(f"reading {source}", Console(file=screen)) as tell:
         # A factory says nothing of the objective. Its layers are the same with any, and this one fits any modalities.
         resolved = resolve(source, {"classes": _ANY_CLASSES} if is_factory(source) else None, check=False)
 
         def show(segment: str, done: int, total: int) -> None:
-            status.update(f"tracing {segment} ({done} of {total} different segments)")
+            tell(f"tracing {segment} ({done} of {total} different segments)")
 
         findings = examine(resolved.plan, resolved.model, engines, show, resolved.faults)
     _show_findings(findings, resolved.plan, Console(highlight=False))

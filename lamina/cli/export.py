@@ -15,7 +15,9 @@ from lamina.cli.plan_options import (
     Rounds,
     Strategy,
     changes,
+    check_plan_file,
 )
+from lamina.cli.progress import counting, telling
 from lamina.errors import ConfigError
 from lamina.names import ENGINES
 
@@ -76,10 +78,11 @@ def export(
     stem, layers, norm and pool. docs/export.md walks through it. Options replace what the plan file says.
 
     Every program is run once and compared with PyTorch before it is written. Lowered programs are kept in
-    ~/.cache/lamina/programs (or $LAMINA_CACHE), so a repeated or interrupted export continues where it was.
+    ~/.cache/lamina/programs (or $LAMINA_CACHE): a repeated or interrupted export traces the stages again, which is the short
+    part, and lowers only what is not there yet.
     """
+    check_plan_file(source)
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from export.bundle import export_bundle
     from export.recipe import resolve
@@ -98,18 +101,11 @@ def export(
         seed=seed,
         training={"batch_size": batch_size, "micro_batch": micro_batch, "prefix_precision": precision},
     )
-    progress_console = Console(stderr=True)
-    with progress_console.status(f"making the model of {source}"):
+    with telling(f"making the model of {source}"):
         resolved = resolve(source, wanted)
     if memory_mb is not None:
         resolved = _fitted(resolved, engines, memory_mb)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=progress_console, transient=True) as progress:
-        tasks = {phase: progress.add_task(phase, total=None) for phase in ("trace", "lower")}
-
-        def show(phase: str, done: int, total: int) -> None:
-            progress.update(tasks[phase], completed=done, total=total)
-
+    with counting("trace", "lower") as show:
         manifest = export_bundle(
             resolved.plan,
             out,

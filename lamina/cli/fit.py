@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lamina.cli.plan_options import Classes, changes
+from lamina.cli.plan_options import Classes, changes, check_plan_file
 from lamina.errors import ConfigError
 from lamina.names import ENGINES
 
@@ -41,6 +41,7 @@ def fit(
     Prefers what costs nothing: the plan's own layers per stage, float32, the largest micro-batch. A budget that cannot be met
     is refused with the smallest one that would do.
     """
+    check_plan_file(plan)
     from rich.console import Console
     from rich.table import Table
 

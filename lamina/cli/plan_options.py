@@ -1,5 +1,6 @@
 """Options that replace keys of a plan file, or give those that a factory alone lacks; several commands have them."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +19,15 @@ FreezeStems = Annotated[
 ]
 Devices = Annotated[int | None, typer.Option(min=1, help="Devices in a round. Default: 4.")]
 BatchSize = Annotated[int | None, typer.Option(min=2, help="Examples in a training step. Default: 32.")]
+
+
+def check_plan_file(source: str) -> None:
+    """Raises ConfigError for a plan file with a fault, before anything is imported that takes seconds. A factory passes."""
+    from lamina.recipe import SUFFIXES, read_recipe
+
+    path = Path(source)
+    if path.suffix in SUFFIXES:
+        read_recipe(path)
 
 
 def changes(

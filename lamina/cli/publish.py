@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lamina.cli.progress import counting
+
 
 def publish(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle, as `lamina export` wrote it.")],
@@ -23,23 +25,26 @@ def publish(
     Prints the name of the new run. Publishing the same bundle again sends no blob twice and starts another run. The bundle
     must be signed by a key of this machine, or by one that was trusted with `lamina key trust`.
     """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
     from lamina.bundle import read_bundle
     from lamina.client import Client, read_token
     from lamina.keys import users_trust
 
     token = read_token(token_file)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, transient=True) as progress, Client(url, token) as client:
-        verifying = progress.add_task("verify", total=None)
-        manifest = read_bundle(
-            bundle,
-            lambda done, total: progress.update(verifying, completed=done, total=total),
-            trust=users_trust(allow_unsigned),
-            tell=lambda line: typer.echo(line, err=True),
-        )
-        progress.remove_task(verifying)
-        sending = progress.add_task("send", total=sum(manifest.blobs.values()))
-        published = client.publish(bundle, manifest, lambda count: progress.advance(sending, count))
+    with Client(url, token) as client:
+        with counting("verify") as show:
+            manifest = read_bundle(
+                bundle,
+                lambda done, total: show("verify", done, total),
+                trust=users_trust(allow_unsigned),
+                tell=lambda line: typer.echo(line, err=True),
+            )
+        total_bytes, sent_bytes = sum(manifest.blobs.values()), 0
+        with counting("send", is_bytes=True) as show:
+
+            def sent(count: int) -> None:
+                nonlocal sent_bytes
+                sent_bytes += count
+                show("send", sent_bytes, total_bytes)
+
+            published = client.publish(bundle, manifest, sent)
     typer.echo(published.run)

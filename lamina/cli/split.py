@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lamina.cli.progress import telling
 from lamina.errors import ConfigError
 from lamina.names import ENGINES
 
@@ -50,21 +51,20 @@ def export(
 
     Every program is run once and compared with PyTorch before it is written.
     """
-    from rich.console import Console
 
     from export.split import export_split
     from lamina.bundle import bundle_digest
     from lamina.split import SplitPlan
 
     wanted = SplitPlan.from_toml(plan)
-    with Console(stderr=True).status("trace") as shown:
+    with telling("trace") as tell:
         manifest = export_split(
             wanted,
             out,
             _engines(engine or ["onnxruntime"]),
             weights=weights,
             workers=jobs,
-            on_progress=lambda phase, done, total: shown.update(f"{phase}: {done} of {total}"),
+            on_progress=lambda phase, done, total: tell(f"{phase}: {done} of {total}"),
         )
     trained = sum(part.parameters for part in manifest.parts if part.name in wanted.trained)
     frozen = sum(part.parameters for part in manifest.parts if part.name in wanted.frozen)

@@ -80,7 +80,7 @@ def test_every_code_becomes_its_class(code: str) -> None:
 
 def test_an_answer_of_something_else_is_told_as_such() -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(502, text="<html>bad gateway</html>"))
-    with pytest.raises(ProtocolError, match="status 502 and no problem document"):
+    with pytest.raises(ProtocolError, match=r"status 502.*no problem document"):
         Client("http://x", "t", transport).runs()
     unknown = Problem(code="from-the-future", title="t", status=418, detail="new").model_dump_json()
     transport = httpx.MockTransport(lambda request: httpx.Response(418, content=unknown))
