@@ -272,7 +272,7 @@ def _bounds(plan: Plan, train: Split, test: Split, seed: int) -> Bounds:
 def _final_model(manifest: Manifest, test: Split, out: Path) -> FinalModel:
     """The deployable files, each tried on the whole test set."""
     weights = {
-        segment.name: decode_file(str(out / "weights" / f"{segment.name}.safetensors"), segment.tensors)
+        segment.name: decode_file(str(out / "weights" / f"{segment.name}.safetensors"), segment.all_tensors)
         for segment in manifest.segments
     }
     inputs = [getattr(test, modality) for modality in manifest.plan.model.modalities]

@@ -27,6 +27,11 @@ class SimulatedWeights:
     def tensors(self, name: str) -> dict[str, Float32]:
         return decode_file(str(self.path(self.blobs[name])), self._manifest.segment(name).tensors)
 
+    def frozen(self, name: str) -> dict[str, Float32]:
+        """The tensors of a segment that are never trained."""
+        digest = self._manifest.frozen_tensors.get(name)
+        return decode_file(str(self.path(digest)), self._manifest.segment(name).frozen) if digest else {}
+
     def vector(self, names: Sequence[str]) -> dict[str, Float32]:
         """The tensors of these segments, named `segment/tensor`."""
         return {f"{name}/{key}": value for name in names for key, value in self.tensors(name).items()}

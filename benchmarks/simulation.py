@@ -180,8 +180,8 @@ class Simulation:
         )
 
     def weights(self) -> dict[str, dict[str, Float32]]:
-        """The newest weights of every segment."""
-        return {name: self._newest.tensors(name) for name in self._newest.blobs}
+        """The newest weights of every segment, with the tensors that are never trained."""
+        return {name: self._newest.tensors(name) | self._newest.frozen(name) for name in self._newest.blobs}
 
     def _rounds(self, size: int) -> Iterator[Round]:
         """All rounds of all stages, as `coordinator.rounds.advance` goes through them."""
@@ -282,7 +282,12 @@ class Simulation:
             disk_bytes=None,
         )
         if is_asked:
-            blobs = {self._digest, *assignment.weights.values(), *assignment.teacher_weights.values()}
+            blobs = {
+                self._digest,
+                *assignment.weights.values(),
+                *assignment.teacher_weights.values(),
+                *self._manifest.frozen_tensors.values(),
+            }
             device.keep_only(blobs | set(self._manifest.programs))
         return replace(job, heartbeat=None)  # nobody listens
 

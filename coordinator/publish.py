@@ -1,6 +1,7 @@
 """Publishing: the admin sends the blobs, then the manifest with its signature; a new run begins."""
 
 import logging
+from collections.abc import Sequence
 
 from coordinator.calibration import has_programs
 from coordinator.house import House
@@ -9,6 +10,7 @@ from coordinator.tables import RunRow, WeightRow
 from lamina.compression import available_compressions
 from lamina.errors import BundleError, ConfigError, TensorFileError
 from lamina.manifest import Manifest
+from lamina.segments import TensorSpec
 from lamina.signing import parse_signature
 from lamina.tensors import decode_one_by_one, file_encoding, hash_bytes
 from lamina.wire import SIGNATURE_HEADER, Published
@@ -69,11 +71,18 @@ def check_blobs(house: House, manifest: Manifest) -> None:
         if found != size:
             raise BundleError(f"blob {digest} has {found} bytes, the manifest says {size}; export the bundle again")
     for segment in manifest.segments:
-        path = house.blobs.path(manifest.initial_weights[segment.name])
-        try:
-            if (encoding := file_encoding(str(path))) != "fp32":
-                raise TensorFileError(f"encoded as {encoding}; they must be fp32, and devices get them as the plan says")
-            for _ in decode_one_by_one(str(path), segment.tensors):
-                pass
-        except TensorFileError as error:
-            raise TensorFileError(f"initial weights of segment {segment.name}: {error.message}") from error
+        name = segment.name
+        _check_file(house, manifest.initial_weights[name], segment.tensors, f"initial weights of segment {name}")
+        if segment.frozen:
+            _check_file(house, manifest.frozen_tensors[name], segment.frozen, f"frozen tensors of segment {name}")
+
+
+def _check_file(house: House, digest: str, specs: Sequence[TensorSpec], what: str) -> None:
+    path = str(house.blobs.path(digest))
+    try:
+        if (encoding := file_encoding(path)) != "fp32":
+            raise TensorFileError(f"encoded as {encoding}; they must be fp32")
+        for _ in decode_one_by_one(path, specs):
+            pass
+    except TensorFileError as error:
+        raise TensorFileError(f"{what}: {error.message}") from error

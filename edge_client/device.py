@@ -168,7 +168,12 @@ class Device:
             self._transport.url,
             self._options.disk_bytes,
         )
-        blobs = {work.manifest, *work.weights.values(), *work.teacher_weights.values()}
+        blobs = {
+            work.manifest,
+            *work.weights.values(),
+            *work.teacher_weights.values(),
+            *manifest.frozen_tensors.values(),  # the same in every round: fetched once
+        }
         self._blobs.keep_only(blobs | _programs_of(manifest, self._options.engine))
         (self._work / OUTCOME).unlink(missing_ok=True)
         write_durably(self._work / JOB, job.to_json())

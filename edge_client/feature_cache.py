@@ -11,7 +11,7 @@ killed goes on from the last segment that was finished.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,14 @@ import numpy as np
 from edge_client.augment import AugmentedRows
 from edge_client.checks import check_inputs
 from edge_client.engines.base import Array, Engine, LoadedProgram
-from edge_client.job import FeaturePlan, FrozenStep
+from edge_client.job import FeaturePlan, FrozenStep, SegmentFile
 from edge_client.memory import give_back_free_memory
 from edge_client.progress import Progress, Say
 from edge_client.rows import Indices, RowFile, RowSource, RowWriter, file_crc
 from edge_client.stored import decode_rows, encode_rows
 from lamina.errors import EngineError
 from lamina.quantize import frozen_weights
-from lamina.tensors import decode_one_by_one
+from lamina.tensors import Float32, decode_one_by_one
 
 VERIFIED = "verified.json"
 
@@ -200,13 +200,23 @@ class _Prefix:
             self._weights = None  # the old ones go before the new ones come
             given: list[Array] = []
             shapes = []
-            for _, tensor in decode_one_by_one(step.segment.path, step.segment.tensors):
+            for tensor in _tensors_of(step.segment):
                 shapes.append(tensor.shape)
                 given += frozen_weights([tensor], step.program.precision)  # one at a time, so int8 never needs all in float32
-            if tuple(shapes) != step.program.weights:
+            if tuple(shapes) != (*step.program.weights, *step.program.frozen):
                 raise EngineError(f"the frozen program of {step.segment.name} takes other weights than the segment has")
             self._weights = (index, given)
         return self._weights[1]
+
+
+def _tensors_of(segment: SegmentFile) -> Iterator[Float32]:
+    """All tensors of a segment as its frozen program takes them, one resident at a time: those that some stage trains, then
+    those that none does."""
+    for _, tensor in decode_one_by_one(segment.path, segment.tensors):
+        yield tensor
+    if segment.frozen:
+        for _, tensor in decode_one_by_one(segment.frozen_path, segment.frozen):
+            yield tensor
 
 
 class _Verified:

@@ -54,22 +54,25 @@ class ProgramFile:
     max_batch: int
     precision: Precision = "fp32"
     references: tuple[ReferenceFile, ...] = ()
+    frozen: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class SegmentFile:
-    """A segment's weights, a tensor file."""
+    """A segment's weights, a tensor file; and another with its frozen tensors, if it has any (`lamina.segments.Segment`)."""
 
     name: str
     path: str
     tensors: tuple[Tensor, ...]
+    frozen_path: str = ""
+    frozen: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
 class FrozenStep:
     """One segment of a frozen prefix. `limit` is the exclusive bound of an integer input, None for features.
 
-    Both files have an empty path where the features behind this step are on disk, so that it does not have to run.
+    All files have an empty path where the features behind this step are on disk, so that it does not have to run.
     """
 
     segment: SegmentFile
@@ -218,13 +221,21 @@ def _tensors(values: list[dict[str, Any]]) -> tuple[Tensor, ...]:
 
 
 def _program(value: dict[str, Any]) -> ProgramFile:
-    shapes = tuple(tuple(shape) for shape in value.pop("weights"))
-    references = tuple(ReferenceFile(each["kind"], tuple(each["tensors"])) for each in value.pop("references"))
-    return ProgramFile(weights=shapes, inputs=_tensors(value.pop("inputs")), references=references, **value)
+    return ProgramFile(
+        weights=_shapes(value.pop("weights")),
+        inputs=_tensors(value.pop("inputs")),
+        references=tuple(ReferenceFile(each["kind"], tuple(each["tensors"])) for each in value.pop("references")),
+        frozen=_shapes(value.pop("frozen")),
+        **value,
+    )
+
+
+def _shapes(values: list[list[int]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(shape) for shape in values)
 
 
 def _segment(value: dict[str, Any]) -> SegmentFile:
-    return SegmentFile(value["name"], value["path"], _tensors(value["tensors"]))
+    return SegmentFile(tensors=_tensors(value.pop("tensors")), frozen=_tensors(value.pop("frozen")), **value)
 
 
 def _features(value: dict[str, Any]) -> FeaturePlan:

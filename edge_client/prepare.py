@@ -9,7 +9,7 @@ from edge_client.data import LocalData, limits_of
 from edge_client.identity import IDENTITY_FILE
 from edge_client.job import Heartbeat, Job, ProgramFile, SegmentFile, Split
 from edge_client.prepare_features import FeatureWork
-from edge_client.program_files import Fetch, program_file, segment_file
+from edge_client.program_files import Fetch, frozen_file, program_file, segment_file
 from lamina.errors import EngineError, ProtocolError
 from lamina.manifest import EngineName, Manifest, PartialStage, StagePrograms
 from lamina.names import ANY_MODALITY, LABEL, Role, second_view
@@ -61,7 +61,10 @@ def prepare_job(
         upload_encoding=work.upload_encoding,
         upload_compression=work.upload_compression,
         programs=programs,
-        active=tuple(segment_file(manifest.segment(name), fetch(_weights_of(name, work))) for name in names),
+        active=tuple(
+            segment_file(manifest.segment(name), fetch(_weights_of(name, work)), frozen_file(manifest, name, fetch))
+            for name in names
+        ),
         features=features.plans,
         keep_keys=features.keep_keys,
         feature_encoding=plan.training.features.encoding,

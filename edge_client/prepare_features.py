@@ -13,7 +13,7 @@ from pathlib import Path
 from edge_client import versions
 from edge_client.data import LocalData, limits_of
 from edge_client.job import SPLITS, Augmentation, FeaturePlan, FrozenStep, Split
-from edge_client.program_files import Fetch, program_file, segment_file
+from edge_client.program_files import Fetch, frozen_file, program_file, segment_file
 from edge_client.stored import row_dtype
 from lamina.errors import EngineError, ProtocolError
 from lamina.files import write_durably
@@ -145,7 +145,7 @@ class FeatureWork:
         """The program is part of a key: the same weights in another graph, or in another engine, give other features."""
         plan, work = self.manifest.plan, self.work
         augmentation = plan.training.augmentation[encoder.modality] if self._is_augmented(encoder, split) else None
-        steps = [(name, work.weights[name], self._frozen_program(name)) for name in names]
+        steps = [(name, work.weights[name], self._frozen_program(name), *self._constants(name)) for name in names]
         views = []
         for view in range(self._views(encoder, split)):
             version = None if augmentation is None else [view, plan.seed, augmentation.model_dump()]
@@ -186,7 +186,7 @@ class FeatureWork:
             program, segment = manifest.programs[blob], manifest.segment(name)
             if place >= first_missing:
                 step = FrozenStep(
-                    segment_file(segment, self.fetch(self.work.weights[name])),
+                    segment_file(segment, self.fetch(self.work.weights[name]), frozen_file(manifest, name, self.fetch)),
                     program_file(program, "frozen", self.fetch(blob)),
                     limits_of(manifest.plan.model).get(modality) if place == 0 else None,
                 )
@@ -213,6 +213,10 @@ class FeatureWork:
         axes = of_time.get(encoder.input.kind, (-2, -1))
         seed = int(hash_bytes(f"{plan.seed}/{encoder.modality}".encode())[:15], 16)
         return Augmentation(axes, found.shift, found.noise, found.flip, seed, found.erase, found.crop, found.gain)
+
+    def _constants(self, name: str) -> list[str]:
+        """What the features depend on besides the weights that the assignment names: the segment's frozen tensors."""
+        return [self.manifest.frozen_tensors[name]] if name in self.manifest.frozen_tensors else []
 
     def _frozen_program(self, name: str) -> str:
         try:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edge_client.job import ProgramFile, ReferenceFile, SegmentFile, Tensor
-from lamina.manifest import Program
+from lamina.manifest import Manifest, Program
 from lamina.names import Role
 from lamina.segments import Segment, TensorSpec
 
@@ -23,11 +23,20 @@ def program_file(program: Program, role: Role, path: Path | None) -> ProgramFile
         max_batch=program.max_batch,
         precision=program.precision,
         references=tuple(ReferenceFile(each.kind, each.tensors) for each in program.references),
+        frozen=program.frozen,
     )
 
 
-def segment_file(segment: Segment, path: Path | None) -> SegmentFile:
-    return SegmentFile(segment.name, str(path or ""), _tensors(segment.tensors))
+def segment_file(segment: Segment, path: Path | None, frozen: Path | None = None) -> SegmentFile:
+    """`frozen` is the file of its frozen tensors, if it has any and they are needed."""
+    return SegmentFile(
+        segment.name, str(path or ""), _tensors(segment.tensors), str(frozen or ""), _tensors(segment.frozen if frozen else ())
+    )
+
+
+def frozen_file(manifest: Manifest, name: str, fetch: Fetch) -> Path | None:
+    """The file of a segment's frozen tensors; None if it has none."""
+    return fetch(manifest.frozen_tensors[name]) if name in manifest.frozen_tensors else None
 
 
 def _tensors(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:

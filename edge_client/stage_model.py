@@ -10,7 +10,8 @@ A batch goes through the programs in micro-batches, read one at a time, and the 
                   embeddings, send each piece's part of that back through the piece (cached gradients, arXiv 2101.06983)
 
 References, copies of some tensors from another time, are held only as far as a program asks for them
-(`edge_client.references`).
+(`edge_client.references`). Tensors that the model's author froze stand beside the parameters: programs take them, and nothing
+changes them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,20 +60,26 @@ class StageModel:
         self.parameters: Float32 = np.zeros(count, np.float32)
         self.gradient: Float32 = np.zeros(count if "train" in programs or "backward" in programs else 0, np.float32)
         self._weights = _views(self.parameters, self._shapes)
+        self._frozen = [np.zeros(tensor.shape, np.float32) for segment in segments for tensor in segment.frozen]
         self._teacher = teacher
         self._copies = make_copies(self.parameters, self._shapes, programs, keep_start)
         self._given = {role: self._before_the_batch(program) for role, program in programs.items()}
         self._open: dict[Role, LoadedProgram] = {}
+        shapes = (*self._shapes, *(array.shape for array in self._frozen))
         for role, program in programs.items():
-            if program.weights != (() if role == "loss" else self._shapes):
-                raise EngineError(f"the {role} program takes other weights than {where} exchanges")
+            # Together, because a program without gradients may serve another stage, where other tensors are frozen.
+            if (*program.weights, *program.frozen) != (() if role == "loss" else shapes):
+                raise EngineError(f"the {role} program takes other weights than {where} has")
 
     def load_weights(self) -> None:
-        """Fills the parameters from each active segment's file, one tensor resident at a time; and the references.
+        """Fills the parameters and the frozen tensors from each active segment's files, one tensor resident at a time; and the
+        references.
 
         `momentum`, `start` and `previous` begin as copies of the parameters. Raises EngineError if a teacher lacks a tensor.
         """
         for view, value in self._stored():
+            view[...] = value
+        for view, value in self._stored_frozen():
             view[...] = value
         for kind, copy in self._copies.items():
             if kind == "teacher":
@@ -222,11 +229,12 @@ class StageModel:
         return value
 
     def _before_the_batch(self, program: ProgramFile) -> list[Array]:
-        """What a program takes before its batch: the weights, then the tensors of each reference. The loss takes neither."""
+        """What a program takes before its batch: the weights, the frozen tensors, then the tensors of each reference. The loss
+        takes none."""
         if program.role == "loss":
             return []
         references = [self._copies[each.kind].arrays(each.tensors) for each in program.references]
-        return [*self._weights, *(array for arrays in references for array in arrays)]
+        return [*self._weights, *self._frozen, *(array for arrays in references for array in arrays)]
 
     def _load_teacher(self, copy: Copy) -> None:
         wanted = {name: view for place, name in enumerate(self._names) if (view := copy.get(place)) is not None}
@@ -244,6 +252,14 @@ class StageModel:
         for segment in self._segments:
             for _, value in decode_one_by_one(segment.path, segment.tensors):
                 yield next(views), value
+
+    def _stored_frozen(self) -> Iterator[tuple[Float32, Float32]]:
+        """(array, stored value) of each frozen tensor."""
+        arrays = iter(self._frozen)
+        for segment in self._segments:
+            if segment.frozen:
+                for _, value in decode_one_by_one(segment.frozen_path, segment.frozen):
+                    yield next(arrays), value
 
 
 def _views(vector: Float32, shapes: Sequence[tuple[int, ...]]) -> list[Float32]:

@@ -30,6 +30,7 @@ from export.lean_compilers import lean_onnx, lean_torch, lean_xnnpack
 from export.lower_onnx import OPSET, serialize
 from export.models import build_model
 from export.objectives import l2_normalise
+from export.parameters import in_order, trained
 from export.quiet import quiet
 from export.rewrites import plain_operations
 from export.trace import allow_batches, traced_batch
@@ -73,6 +74,7 @@ def assemble(
 ) -> AssembledModel:
     """Writes the model with these weights (segment -> tensor name -> array), and checks the files against PyTorch.
 
+    Tensors that are never trained may be among the weights; without them, they are the model's own.
     `model` is the module that was exported, if it was not the plan's own. `inputs` are raw inputs in the order of the
     modalities to compare on; without them, random ones. Layers that the last stage does not have are left out.
     Raises TensorFileError for weights that are not the manifest's, and ParityError if a file predicts something else.
@@ -174,14 +176,16 @@ def _with_layers(model: nn.Module, description: ModelDescription) -> nn.Module:
 
 def _load(model: nn.Module, description: ModelDescription, weights: Mapping[str, Mapping[str, Float32]]) -> None:
     for name, module in find_segments(model, description).items():
-        own = dict(module.named_parameters())
+        own = in_order(module)
         given = weights.get(name)
         if given is None:
             raise TensorFileError(f"there are no weights for segment {name}")
-        if set(given) != set(own):
+        if not set(trained(module)) <= set(given) <= set(own):
             raise TensorFileError(f"segment {name} has tensors {sorted(own)}, given {sorted(given)}")
         with torch.no_grad():
             for key, parameter in own.items():
+                if key not in given:  # never trained, so the model has it as it is
+                    continue
                 if tuple(given[key].shape) != tuple(parameter.shape):
                     raise TensorFileError(f"{name}/{key} has shape {tuple(parameter.shape)}, given {tuple(given[key].shape)}")
                 parameter.copy_(torch.from_numpy(np.array(given[key], dtype=np.float32)))

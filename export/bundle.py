@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
+from export import parameters
 from export.cache import ProgramCache, default_cache
 from export.cost import counted_views, embedding_bytes, forward_macs, held_values, planned_bytes
 from export.cut import StageCut, cut_stage, describe_segment, find_pools, find_segments
 from export.inputs import example_inputs, segment_input
 from export.models import build_model, zero_late_layers
-from export.notes import notes_of
+from export.notes import frozen_notes, notes_of
+from export.parameters import fixed_segments, trained
 from export.prefix_errors import RANDOM_INPUTS, measure_prefix, random_sample, read_sample
 from export.programs import Keys, ProgramSet, stage_terms
 from export.proofs import by_modality, prove_model
@@ -36,6 +38,7 @@ from lamina.manifest import ENGINES, EngineName, Manifest, PartialStage, Rewrite
 from lamina.model import SelfSupervised
 from lamina.plan import Plan, Stage
 from lamina.segments import TensorSpec
+from lamina.strategies import freeze_fixed
 from lamina.tensors import Encoding, encode, hash_bytes
 
 OnProgress = Callable[[str, int, int], None]
@@ -60,7 +63,9 @@ def export_bundle(
     first export makes (`lamina.keys`); devices run no program of a bundle that no key they trust has signed.
 
     `model` has the weights to start from and the shape described in `export.cut`; without it, the model of the plan is built
-    (`export.models`). With `zero_init`, layers that are attached later start as the identity, whatever weights they have.
+    (`export.models`). Its parameters with `requires_grad=False` are never trained, and a stem of which that holds for all is in
+    every stage's frozen prefix (`lamina.strategies.freeze_fixed`). With `zero_init`, layers that are attached later start as
+    the identity, whatever weights they have.
     `notes`, with some of the export's own (`export.notes`), and `rewrites` are written into the manifest.
     `on_progress(phase, done, total)` is called with the phases `trace` and `lower`. At most `workers` processes lower at the
     same time (default: one per core). `cache` holds lowered programs (default: `$LAMINA_CACHE` or
@@ -82,12 +87,12 @@ def export_bundle(
     model.eval()
     segments = find_segments(model, plan.model)
     zeroed = zero_late_layers(segments, plan)
-    weights = {
-        name: encode({key: value.detach().numpy() for key, value in module.named_parameters()})
-        for name, module in segments.items()
-    }
+    plan = freeze_fixed(plan, fixed_segments(segments, plan.model))
+    weights = {name: _file(trained(module)) for name, module in segments.items()}
+    constants = {name: _file(tensors) for name, module in segments.items() if (tensors := parameters.frozen(module))}
     initial = {name: hash_bytes(data) for name, data in weights.items()}
-    check_folder(folder, lambda path: _other_plan(path, plan, initial))
+    kept = {name: hash_bytes(data) for name, data in constants.items()}
+    check_folder(folder, lambda path: _other_plan(path, plan, initial, kept))
     signer = own_key()  # before the long work: what would keep it from being signed is known now
 
     pools = find_pools(model, plan.model)
@@ -115,11 +120,12 @@ def export_bundle(
     lowered = programs.lowered
     errors = {}
     for engine, chain in frozen.items():
-        files = {name: lowered[key].data for name, key in chain.items()}
-        if measured_on and (found := measure_prefix(plan, segments, engine, files, measured_on)):
+        frozen_programs = {name: lowered[key].data for name, key in chain.items()}
+        if measured_on and (found := measure_prefix(plan, segments, engine, frozen_programs, measured_on)):
             errors[engine] = found
     address = {key: hash_bytes(program.data) for key, program in lowered.items()}
-    blobs = {hash_bytes(data): data for data in (*weights.values(), *(program.data for program in lowered.values()))}
+    files = (*weights.values(), *constants.values(), *(program.data for program in lowered.values()))
+    blobs = {hash_bytes(data): data for data in files}
     downloaded: dict[EngineName, set[str]] = {engine: set() for engine in engines}
     stages = []
     for stage, cut, keys in zip(plan.stages, cuts, chosen, strict=True):
@@ -151,6 +157,7 @@ def export_bundle(
         plan=plan,
         segments=tuple(describe_segment(name, module, plan.model) for name, module in segments.items()),
         initial_weights=initial,
+        frozen_tensors=kept,
         programs={address[key]: programs.describe(key, address[key]) for key in lowered},
         frozen_programs={engine: {name: address[key] for name, key in chain.items()} for engine, chain in frozen.items()},
         loss_programs={engine: address[key] for engine, key in loss.items()},
@@ -159,14 +166,15 @@ def export_bundle(
         prefix_errors_on=(hash_file(sample) if sample else RANDOM_INPUTS) if errors else "",
         segment_macs={name: forward_macs(segments[name], example) for name, example in plan_examples(plan).items()},
         rewrites=tuple(by_modality((*rewrites, *prove_model(segments, pools, plan.model)))),
-        notes=(*notes, *notes_of(plan, zeroed)),
+        notes=(*notes, *notes_of(plan, zeroed), *frozen_notes(segments)),
         stages=tuple(stages),
         blobs={digest: len(data) for digest, data in sorted(blobs.items())},
         versions={"lamina": __version__} | {name: number for found in versions.values() for name, number in found.items()},
     )
     for cut, stage in zip(cuts, plan.stages, strict=True):
         for subset, part in ((), cut.whole), *cut.partial.items():
-            if manifest.exchange_specs(stage.index, subset) != list(part.weights):
+            frozen_specs = manifest.frozen_specs(manifest.exchange(stage.index, subset))
+            if (manifest.exchange_specs(stage.index, subset), frozen_specs) != (list(part.weights), list(part.frozen)):
                 raise ExportError(f"stage {stage.index}: tensors are not in exchange order; this is a fault of lamina")
         if cut.calibrate and manifest.calibrated(stage.index) != list(cut.calibrate[0].active):
             raise ExportError(f"stage {stage.index}: calibration has other segments than the manifest says; a fault of lamina")
@@ -249,21 +257,23 @@ def _stage_cost(
     down, up = plan.training.download_encoding, plan.training.upload_encoding
     return StageCost(
         active_parameters=count,
-        frozen_parameters=sum(value.numel() for name in stage.frozen for value in segments[name].parameters()),
+        frozen_parameters=cut.frozen_values
+        + sum(value.numel() for name in stage.frozen for value in segments[name].parameters()),
         flops_per_sample=plan.passes_of_a_step * _active_macs(plan, stage, cut, segments),
         prefix_flops_per_sample=_prefix_macs(plan, stage, segments),
         planned_bytes=_planned(plan, cut, programs, keys, loss),
         round_bytes_down=sum(_segment_bytes(name, segments[name], plan, down) for name in stage.active),
         round_bytes_up=_file_bytes(cut.weights, up),
         program_bytes=program_bytes,
-        frozen_bytes=sum(_segment_bytes(name, segments[name], plan, down) for name in stage.frozen),
+        frozen_bytes=sum(_segment_bytes(name, segments[name], plan, down) for name in stage.frozen)
+        + sum(_frozen_bytes(name, segments[name], plan) for name in (*stage.frozen, *stage.active)),
     )
 
 
 def _planned(plan: Plan, cut: StageCut, programs: ProgramSet, keys: _Keys, loss: Keys) -> dict[EngineName, int]:
     """Bytes that a training step takes, by engine."""
     count = sum(spec.count for spec in cut.weights)
-    held = held_values(plan, count, cut.reference_sizes)
+    held = held_values(plan, count, cut.reference_sizes) + cut.frozen_values
     planned = {}
     for engine, key in keys.train.items():
         peaks = [programs.activation_bytes(key)]
@@ -310,12 +320,21 @@ def _segment_bytes(name: str, module: nn.Module, plan: Plan, encoding: Encoding)
     return _file_bytes(describe_segment(name, module, plan.model).tensors, encoding)
 
 
+def _frozen_bytes(name: str, module: nn.Module, plan: Plan) -> int:
+    specs = describe_segment(name, module, plan.model).frozen
+    return _file_bytes(specs, "fp32") if specs else 0
+
+
+def _file(tensors: Mapping[str, Tensor]) -> bytes:
+    return encode({key: value.detach().numpy() for key, value in tensors.items()})
+
+
 def _file_bytes(specs: Iterable[TensorSpec], encoding: Encoding) -> int:
     """Bytes of a tensor file; its size depends on the shapes alone."""
     return len(encode({spec.name: np.zeros(spec.shape, np.float32) for spec in specs}, encoding))
 
 
-def _other_plan(path: Path, plan: Plan, initial: dict[str, str]) -> str | None:
+def _other_plan(path: Path, plan: Plan, initial: dict[str, str], frozen: dict[str, str]) -> str | None:
     """The name of the plan that this manifest is of, if it is another plan or has other weights."""
     found = Manifest.from_file(path)
-    return found.plan.name if found.plan != plan or found.initial_weights != initial else None
+    return found.plan.name if (found.plan, found.initial_weights, found.frozen_tensors) != (plan, initial, frozen) else None

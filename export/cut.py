@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from export import parameters
 from export.inputs import LABELS, example_inputs, features, raw_input, segment_input
 from export.stage_module import MAIN_TERM, StageModule, Terms, copies_of
 from export.trunk import MeanTokens
@@ -113,13 +114,18 @@ def locate_pools(model: nn.Module, description: ModelDescription) -> dict[str, n
 
 
 def describe_segment(name: str, module: nn.Module, description: ModelDescription) -> Segment:
-    """A segment with its tensors in the order of `named_parameters()`, which is the exchange order."""
+    """A segment with its tensors in the order of `named_parameters()`: the exchange order of those that are trained."""
     modality = name.split(".", maxsplit=1)[0]
     return Segment(
         name=name,
         modality=modality if modality in description.modalities and name != HEAD else None,
-        tensors=tuple(TensorSpec(name=key, shape=tuple(value.shape)) for key, value in module.named_parameters()),
+        tensors=_specs(parameters.trained(module)),
+        frozen=_specs(parameters.frozen(module)),
     )
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name=key, shape=tuple(value.shape)) for key, value in tensors.items())
 
 
 @dataclass(frozen=True)
@@ -127,20 +133,26 @@ class StageCut:
     """The active part of a stage.
 
     `module(*tensors of each reference, *inputs)` gives (loss, correct), or one embedding (batch, output) for each input.
-    `weights` names its parameters `segment/tensor`, in the order of `module.parameters()`; `inputs` are its batch inputs
-    without the batch axis; `references` are the copies of its parameters that a training step takes. `evaluation(*inputs)` has
-    the same parameters and the main term of the loss alone. Where the cut goes until embeddings, `module` takes no references,
-    and `evaluation(*tensors of each reference, *inputs)` gives the keys of the momentum copy as well. Both are one module where
-    there is nothing to tell apart. `description` is the model as the device trains it
-    (`lamina.model.ModelDescription.of_device`).
+    `weights` names its trained parameters `segment/tensor`, `frozen` those that the user froze, both in the order of
+    `module.parameters()`; `inputs` are its batch inputs without the batch axis; `references` are the copies of its parameters
+    that a training step takes. `evaluation(*inputs)` has the same parameters and the main term of the loss alone. Where the cut
+    goes until embeddings, `module` takes no references, and `evaluation(*tensors of each reference, *inputs)` gives the keys of
+    the momentum copy as well. Both are one module where there is nothing to tell apart. `description` is the model as the
+    device trains it (`lamina.model.ModelDescription.of_device`).
     """
 
     module: StageModule
     evaluation: StageModule
     weights: tuple[TensorSpec, ...]
+    frozen: tuple[TensorSpec, ...]
     inputs: tuple[TensorSpec, ...]
     references: tuple[ProgramReference, ...]
     description: ModelDescription
+
+    @property
+    def frozen_values(self) -> int:
+        """How many numbers of the active segments are never trained."""
+        return sum(spec.count for spec in self.frozen)
 
     @property
     def reference_sizes(self) -> list[int]:
@@ -191,12 +203,15 @@ def cut_stage(
         ).eval()
 
     trained = evaluation = module(terms, is_judged=False)
-    weights = tuple(
-        TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
-        for name in names
-        for tensor in describe_segment(name, segments[name], description).tensors
-    )
-    if [spec.shape for spec in weights] != [tuple(value.shape) for value in trained.parameters()]:
+    described = [describe_segment(name, segments[name], description) for name in names]
+    weights = tuple(_within(each.name, spec) for each in described for spec in each.tensors)
+    frozen = tuple(_within(each.name, spec) for each in described for spec in each.frozen)
+    if not weights:
+        raise CutError(
+            f"stage {stage.index} trains nothing: all parameters of {', '.join(names)} have requires_grad=False; let one of "
+            "them be trained, or leave the stage out"
+        )
+    if [spec.shape for spec in (*weights, *frozen)] != [tuple(value.shape) for value in parameters.in_order(trained).values()]:
         raise CutError(f"stage {stage.index}: the cut module's tensors are not in exchange order; this is a fault of lamina")
     inputs = _batch_inputs(description, stage, present, with_label=not until_embeddings)
     objective = description.objective
@@ -209,10 +224,15 @@ def cut_stage(
         module=trained,
         evaluation=evaluation,
         weights=weights,
+        frozen=frozen,
         inputs=_named_for_any(inputs) if has_views_for_pairs else inputs,
         references=evaluation.reference_specs if until_embeddings else trained.reference_specs,
         description=description,
     )
+
+
+def _within(segment: str, tensor: TensorSpec) -> TensorSpec:
+    return tensor.model_copy(update={"name": f"{segment}/{tensor.name}"})
 
 
 def _named_for_any(views: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
@@ -272,13 +292,15 @@ def _item(modules: nn.Module, modality: str, where: str) -> nn.Module:
 
 
 def _check_ownership(model: nn.Module, segments: Segments) -> None:
-    """Each parameter belongs to exactly one segment."""
+    """Each parameter belongs to exactly one segment; a frozen one may be in several, where it stays equal by itself."""
     owners: dict[int, list[str]] = {}
+    is_trained: dict[int, bool] = {}
     for name, module in segments.items():
         for key, parameter in module.named_parameters():
             owners.setdefault(id(parameter), []).append(f"{name}/{key}")
-    for names in owners.values():
-        if len(names) > 1:
+            is_trained[id(parameter)] = parameter.requires_grad
+    for number, names in owners.items():
+        if len(names) > 1 and is_trained[number]:
             raise CutError(
                 f"{names[0]} and {names[1]} are one tied parameter: frozen in one segment and trained in the other it would "
                 "not stay one; give each segment its own"

@@ -18,6 +18,7 @@ from export import cut, inputs
 from export.frozen import frozen_graph, segment_precision
 from export.joint import joint_graph
 from export.objectives import cross_entropy
+from export.parameters import trained
 from export.quiet import quiet
 from export.supported import unsupported
 from export.trace import Arrays, example_batch, forward_graph, graph_text
@@ -91,7 +92,7 @@ class _Part:
         """Equal for parts of the same classes and tensors, whatever their settings."""
         modules = tuple((key, type(module)) for key, module in self.module.named_modules())
         tensors = tuple(
-            (key, tuple(value.shape), value.dtype, value.device.type)
+            (key, tuple(value.shape), value.dtype, value.device.type, value.requires_grad)
             for key, value in (*self.module.named_parameters(), *self.module.named_buffers())
         )
         return (modules, tensors, self.takes.shape, self.takes.dtype, self.gives, self.is_prefix, self.name == HEAD, self.fault)
@@ -195,10 +196,11 @@ def _joint(part: _Part, plan: Plan, size: int) -> tuple[ExportedProgram | None, 
         specs = (part.takes,)
         # Nothing is below the first segment, and token ids have no gradient.
         stage = _SegmentStage(part.module, with_input=not part.name.endswith(".stem"))
-    if not any(True for _ in stage.parameters()):
+    weights = trained(stage)
+    if not weights:
         return None, None
     example = inputs.example_inputs(plan.model, specs, example_batch(size))
-    names = ["its input" if key == "scale" else key.removeprefix("part.") for key, _ in stage.named_parameters()]
+    names = ["its input" if key == "scale" else key.removeprefix("part.") for key in weights]
     try:
         forward = forward_graph(stage, example, size)
         return joint_graph(forward, names), None
@@ -247,7 +249,7 @@ def _parts(model: nn.Module, description: ModelDescription, faults: Mapping[str,
         known = explain(faults[name]) if name in faults else None
         fault = known or _tensor_fault(module) or _tensor_fault(pool_after.get(name)) or tied.get(name)
         if fault is None:
-            module = deepcopy(module).eval().requires_grad_(True)
+            module = deepcopy(module).eval()
             if name in pool_after:
                 module = nn.Sequential(module, deepcopy(pool_after[name]).eval())
         is_prefix = name in prefix_chain(description, takes.name) if takes.name in description.modalities else False
@@ -290,7 +292,8 @@ def _ties(segments: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
     owners: dict[int, list[tuple[str, str]]] = {}
     for name, module in segments.items():
         for key, parameter in module.named_parameters():
-            owners.setdefault(id(parameter), []).append((name, key))
+            if parameter.requires_grad:  # a frozen one stays equal by itself
+                owners.setdefault(id(parameter), []).append((name, key))
     found: dict[str, tuple[str, str]] = {}
     for places in owners.values():
         for name, key in places:

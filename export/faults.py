@@ -86,7 +86,9 @@ def mended(module: nn.Module) -> nn.Module:
 def _as_float32(key: str, value: Tensor) -> Tensor:
     data = value.detach()
     data = torch.zeros(data.shape) if data.is_meta else data.to("cpu", torch.float32)
-    return type("Mended", (_Mended,), {"key": key, "original": value})(data) if isinstance(value, nn.Parameter) else data
+    if not isinstance(value, nn.Parameter):
+        return data
+    return type("Mended", (_Mended,), {"key": key, "original": value})(data, value.requires_grad)
 
 
 def _is_foreign(value: Tensor) -> bool:

@@ -164,7 +164,7 @@ def _layer_counts(plan: Plan) -> list[int]:
         return [0]
     first = plan.stages[0]
     own = max(sum(1 for name in first.active if name.startswith(f"{m}.layers.")) for m in plan.model.modalities)
-    return list(range(own, 0, -1))
+    return list(range(max(own, 1), 0, -1))  # none at all where the factory froze every layer
 
 
 def _with_layers(plan: Plan, layers: int) -> Plan:

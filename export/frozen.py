@@ -2,7 +2,9 @@
 
     (int8 matrices, scales and other weights, features) -> features
 
-Which weights are int8, and in what order they come, is `lamina.quantize.frozen_weights`. The stem stays float32: it is
+Which weights are int8, and in what order they come, is `lamina.quantize.frozen_weights`. Tensors that the model's author froze
+are weights like the others here: they are most of a layer with an adapter, and int8 in the program's memory leaves their file,
+and so the assembled model, as it is. The stem stays float32: it is
 small, and its error would enter every layer.
 """
 
@@ -12,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.func import functional_call
 
 from export.order import make_weights_late
+from export.parameters import in_order
 from export.trace import Arrays, forward_graph, trace_function
 from lamina.manifest import Precision
 from lamina.plan import Plan
@@ -29,8 +32,8 @@ def frozen_graph(module: nn.Module, example: Arrays, max_batch: int, precision: 
     """The graph of `module(*inputs)` that takes its weights in this precision."""
     if precision == "fp32":
         return forward_graph(module, example, max_batch)
-    names = [name for name, _ in module.named_parameters()]
-    weights = tuple(value.detach() for value in module.parameters())
+    names = list(in_order(module))
+    weights = tuple(value.detach() for value in in_order(module).values())
     axes = [weight.ndim for weight in weights]
 
     def run(taken: Arrays, inputs: Arrays) -> Tensor:

@@ -1,8 +1,8 @@
 """Joint graphs: forward and backward of a stage in one graph, which every engine runs as plain inference.
 
-    joint_graph       (weights, references, inputs) -> loss, correct, gradient of the loss for each weight
+    joint_graph       (weights, frozen tensors, references, inputs) -> loss, correct, gradient of the loss for each weight
     loss_graph        (embeddings, and the label if there is one) -> loss, correct, gradient of the loss for each embedding
-    backward_graph    (weights, inputs and gradients of the embeddings) -> gradient for each weight
+    backward_graph    (weights, frozen tensors, inputs and gradients of the embeddings) -> gradient for each weight
 
 The last two are the halves of a step in micro-batches, of a loss that compares samples (`lamina.manifest`). Each graph is made
 from a forward graph of `export.trace`.
@@ -22,7 +22,7 @@ from lamina.errors import CutError
 def joint_graph(forward: ExportedProgram, weight_names: Sequence[str]) -> ExportedProgram:
     """The joint graph of a stage, made from its forward graph.
 
-    Tensors of references, which come behind the weights that are named, are constants and get no gradient.
+    Frozen tensors and those of references, which come behind the weights that are named, are constants and get no gradient.
 
     Raises CutError that names a weight which the loss does not depend on: its gradient would not exist.
     """
@@ -59,8 +59,8 @@ def backward_graph(forward: ExportedProgram, weight_names: Sequence[str]) -> Exp
     given = results(forward)  # the gradient of an embedding has the embedding's shape
 
     def step(weights: Arrays, inputs: Arrays) -> Arrays:
-        trained = as_leaves(weights)
-        embeddings = run(trained, inputs[: -len(given)])
+        trained = as_leaves(weights[: len(weight_names)])
+        embeddings = run((*trained, *weights[len(weight_names) :]), inputs[: -len(given)])
         gradients = torch.autograd.grad(embeddings, trained, inputs[-len(given) :], allow_unused=True)
         return _all_there(gradients, weight_names)
 

@@ -15,13 +15,16 @@ from typing import NamedTuple, get_args
 from torch import nn
 from torch.export import ExportedProgram
 
+from export import parameters
 from export.cost import embedding_bytes, held_values, peak_live_bytes, planned_bytes
 from export.cut import cut_stage, find_pools, find_segments
 from export.models import build_model
+from export.parameters import fixed_segments
 from export.programs import ProgramSet, stage_terms
 from export.worker import LoweredProgram
 from lamina.manifest import EngineName, Precision, Role
 from lamina.plan import OptimizerSettings, Plan, Stage
+from lamina.strategies import freeze_fixed
 
 MIB = 1 << 20
 _ANY: EngineName = "onnxruntime"  # an engine whose files hold the joint graphs themselves
@@ -56,7 +59,8 @@ class StageNeeds:
     """Graph and bytes of weights of each different frozen segment."""
     embedding_bytes: int
     held_values: int
-    """Numbers of the references and, with the proximal term, of the weights that the round started with."""
+    """Numbers of the references, of the frozen tensors and, with the proximal term, of the weights that the round started
+    with."""
 
     def train_bytes(self, engine: EngineName, micro_batch: int, optimizer: OptimizerSettings, base_bytes: int) -> int:
         """Predicted peak of the training process."""
@@ -87,9 +91,11 @@ def stage_needs(
     plan = plan.model_copy(update={"training": training})
     model = build_model(plan.model, plan.seed)
     segments, pools = find_segments(model, plan.model), find_pools(model, plan.model)
+    plan = freeze_fixed(plan, fixed_segments(segments, plan.model))
     found: list[StageNeeds] = []
     seen: set[tuple[object, ...]] = set()
-    looks = {name: repr(module) for name, module in segments.items()}  # layers and sizes: equal ones have equal graphs
+    # Layers, sizes and what of them is trained: equal ones have equal graphs.
+    looks = {name: f"{module!r} {sorted(parameters.frozen(module))}" for name, module in segments.items()}
     for done, stage in enumerate(plan.stages):
         on_progress(done, len(plan.stages))
         terms = stage_terms(plan, stage)
@@ -130,7 +136,7 @@ def stage_needs(
                     graphs={role: programs.wanted[key].graph for role, key in keys.items()},
                     frozen={precision: tuple(graphs.values()) for precision, graphs in frozen.items()},
                     embedding_bytes=embedding_bytes(plan) if split else 0,
-                    held_values=held_values(plan, count, cut.reference_sizes),
+                    held_values=held_values(plan, count, cut.reference_sizes) + cut.frozen_values,
                 )
             )
     on_progress(len(plan.stages), len(plan.stages))

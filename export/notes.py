@@ -1,7 +1,10 @@
 """What a plan does that its reader should know before the first round, as sentences for the manifest."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from torch import nn
+
+from export.parameters import frozen
 from lamina.model import Contrastive, ModuleEncoder, SelfSupervised
 from lamina.plan import Plan
 from lamina.segments import prefix_chain
@@ -10,6 +13,19 @@ from lamina.segments import prefix_chain
 def notes_of(plan: Plan, zeroed: Sequence[str]) -> list[str]:
     """Notes of an export; `zeroed` are the layers that start as the identity."""
     return [*_zero_init(zeroed), *_untrained(plan, zeroed), *_reconstructions(plan), *_views_for_pairs(plan)]
+
+
+def frozen_notes(segments: Mapping[str, nn.Module]) -> list[str]:
+    """What stays as it is because the model's author froze it, by modality."""
+    found: dict[str, dict[str, int]] = {}
+    for name, module in segments.items():
+        if tensors := frozen(module):
+            counts = found.setdefault(name.split(".", maxsplit=1)[0], {})
+            counts[name] = sum(value.numel() for value in tensors.values())
+    return [
+        f"{owner}: {sum(counts.values()):,} numbers with requires_grad=False, in {_listed(list(counts))}, are never trained"
+        for owner, counts in found.items()
+    ]
 
 
 def _zero_init(zeroed: Sequence[str]) -> Iterator[str]:

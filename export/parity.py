@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from export.frozen import restore, take
+from export.parameters import in_order, trained
 from export.runtimes import differentiate, is_installed, open_program
 from export.trace import Arrays
 from lamina.errors import ParityError
@@ -38,18 +39,21 @@ def check_parity(
     if not is_installed(engine):
         return None
     run = open_program(engine, data, role)
-    weights = _perturbed(module)
-    taken = take(weights, precision)
+    values = _perturbed(module)
+    taken = take(values, precision)
     if precision == "int8":
-        weights = restore(taken, [weight.ndim for weight in weights])
+        values = restore(taken, [value.ndim for value in values])
+    # A program with int8 weights gives no gradients, so what it takes need not be told apart.
+    count = len(trained(module)) if precision == "fp32" else len(taken)
+    weights, constants = values[: len(trained(module))], (*values[len(trained(module)) :], *references)
     largest = 0.0
     for batch in sorted({1, len(inputs[0])}):
         part = tuple(value[:batch] for value in inputs)
         try:
-            actual = run(taken, part, references)
+            actual = run(taken[:count], part, (*taken[count:], *references))
         except Exception as error:  # each runtime has its own classes
             raise ParityError(f"{name} for {engine} cannot run with a batch of {batch}: {error}") from error
-        largest = max(largest, _compare(f"{name} for {engine}", actual, eager(module, role, weights, part, references)))
+        largest = max(largest, _compare(f"{name} for {engine}", actual, eager(module, role, weights, part, constants)))
     return largest
 
 
@@ -71,18 +75,18 @@ def _compare(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:
     return largest
 
 
-def eager(module: nn.Module, role: Role, weights: Arrays, inputs: Arrays, references: Arrays = ()) -> list[Tensor]:
-    """What the program must give, by PyTorch itself."""
-    names = [name for name, _ in module.named_parameters()]
+def eager(module: nn.Module, role: Role, weights: Arrays, inputs: Arrays, constants: Arrays = ()) -> list[Tensor]:
+    """What the program must give, by PyTorch itself. `constants` are the module's frozen tensors, then those of references."""
+    names = list(in_order(module))
 
     def forward(weights: Arrays, inputs: Arrays) -> object:
         own, copies = weights[: len(names)], weights[len(names) :]
         return functional_call(module, dict(zip(names, own, strict=True)), (*copies, *inputs))
 
-    return differentiate(role, weights, inputs, forward, references)
+    return differentiate(role, weights, inputs, forward, constants)
 
 
 def _perturbed(module: nn.Module) -> Arrays:
     """Weights near the module's own; untouched norms (all 1 and 0) would hide terms of the gradient."""
     generator = torch.Generator().manual_seed(1)
-    return tuple(value.detach() + 0.05 * torch.randn(value.shape, generator=generator) for value in module.parameters())
+    return tuple(value.detach() + 0.05 * torch.randn(value.shape, generator=generator) for value in in_order(module).values())

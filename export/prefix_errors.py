@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from export.frozen import segment_precision, take
 from export.inputs import example_inputs, raw_input
+from export.parameters import in_order
 from export.runtimes import Run, is_installed, open_program
 from lamina.errors import DataError
 from lamina.manifest import EngineName
@@ -85,7 +86,7 @@ def measure_prefix(
             data = programs[name]
             if data not in opened:
                 opened[data] = open_program(engine, data, "frozen")
-            weights = tuple(value.detach() for value in segments[name].parameters())
+            weights = tuple(value.detach() for value in in_order(segments[name]).values())
             taken = take(weights, segment_precision(plan, name))
             given = _in_pieces(given, plan, lambda piece, run=opened[data], taken=taken: run(taken, (piece,))[0])
             exact = _in_pieces(exact, plan, segments[name])

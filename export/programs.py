@@ -19,6 +19,7 @@ from export.frozen import frozen_graph, segment_precision
 from export.inputs import LABELS, embedding, example_inputs, segment_input
 from export.joint import backward_graph, joint_graph, loss_graph
 from export.objectives import ContrastiveLoss
+from export.parameters import frozen, trained
 from export.parity import check_parity
 from export.self_supervised import KeyLoss, TwoViewLoss
 from export.sharing import Look, computes_the_same, look
@@ -247,7 +248,8 @@ class ProgramSet:
             engine=wanted.engine,
             role=wanted.role,
             blob=blob,
-            weights=tuple(tuple(value.shape) for value in wanted.module.parameters()),
+            weights=tuple(tuple(value.shape) for value in trained(wanted.module).values()),
+            frozen=tuple(tuple(value.shape) for value in frozen(wanted.module).values()),
             inputs=wanted.inputs,
             max_batch=wanted.max_batch,
             precision=wanted.precision,

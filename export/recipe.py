@@ -19,6 +19,7 @@ from export.factory import call_factory
 from export.faults import Faults, adapt_faulty, mended, named_parts
 from export.inputs import example_inputs, raw_input
 from export.models import adapt_made, build_model, make_trunk
+from export.parameters import fixed_in
 from export.trunk import Trunk
 from lamina.errors import ConfigError, CutError
 from lamina.manifest import Rewrite
@@ -26,8 +27,8 @@ from lamina.model import Encoder, ModelDescription, ModuleEncoder, Projection, S
 from lamina.plan import Plan
 from lamina.recipe import EncoderRecipe, Recipe, read_recipe
 from lamina.record import listed
-from lamina.segments import projection
-from lamina.strategies import make_stages
+from lamina.segments import norm, projection
+from lamina.strategies import freeze_fixed, make_stages
 
 _MERGED = ("training", "cohort")
 _SAME_IN_A_PLAN = (
@@ -84,7 +85,7 @@ def resolve(source: str, changes: Mapping[str, Any] | None = None, *, check: boo
         own = [encoder for encoder in plan.model.encoders if isinstance(encoder, ModuleEncoder)]
         trunks = {e.modality: make_trunk(e, plan.seed) if faults is None else _read_trunk(e, plan.seed, faults) for e in own}
         model = build_model(plan.model, plan.seed, trunks)
-        return _resolved(plan, model, trunks, faults)
+        return _resolved(freeze_fixed(plan, _fixed(trunks)), model, trunks, faults)
     return _from_recipe(found, changes, faults)
 
 
@@ -201,6 +202,7 @@ def _from_recipe(recipe: Recipe, changes: Mapping[str, Any], faults: Faults | No
             recipe.layers_per_stage,
             recipe.freeze_stems,
             recipe.rate_scales,
+            _fixed(trunks),
         )
         plan = Plan(
             name=recipe.name,
@@ -213,6 +215,12 @@ def _from_recipe(recipe: Recipe, changes: Mapping[str, Any], faults: Faults | No
         raise ConfigError(f"the plan of {recipe.name!r}{listed(error, Recipe)}") from error
     model = build_model(description, recipe.seed, trunks)
     return _resolved(plan, model, trunks, faults)
+
+
+def _fixed(trunks: Mapping[str, Trunk]) -> set[str]:
+    """Stems and layers of which the factory has frozen every parameter."""
+    parts = [{name: part for name, part in named_parts(m, t).items() if name != norm(m)} for m, t in trunks.items()]
+    return {name for chain in parts for name in fixed_in(chain)}
 
 
 def _resolved(plan: Plan, model: nn.Module, trunks: Mapping[str, Trunk], faults: Faults | None) -> Resolved:

@@ -7,12 +7,13 @@ and its model; `benchmarks.published` gives the segments of published models to 
 conventions.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
+from export import parameters
 from export.cost import TRAINING_FACTOR, count_forward, counted_views
 from export.cut import find_segments
 from lamina.costs import Accounting, CostReport, RunCost, RunCosts, Savings, SegmentCost, StageCosts, StepCost, file_bytes
@@ -20,6 +21,7 @@ from lamina.errors import ConfigError, CutError
 from lamina.model import Supervised
 from lamina.plan import Plan, Stage
 from lamina.segments import HEAD, TensorSpec, heads_of
+from lamina.strategies import freeze_fixed
 
 Examples = Mapping[str, tuple[Tensor, ...]]
 
@@ -30,8 +32,10 @@ def plan_costs(plan: Plan, model: nn.Module, accounting: Accounting | None = Non
     Without `accounting`: frozen weights stay on the device, and files are in the plan's encodings.
     """
     training = plan.training
+    segments = find_segments(model, plan.model)
+    plan = freeze_fixed(plan, parameters.fixed_segments(segments, plan.model))
     return cost_report(
-        find_segments(model, plan.model),
+        segments,
         plan_examples(plan),
         plan.stages,
         name=plan.name,
@@ -95,20 +99,23 @@ def cost_report(
     _check_ownership(segments)
     counted = {key: _segment_cost(key, module, examples[key]) for key, module in segments.items()}
     tensors = {key: _exchanged(module) for key, module in segments.items()}
+    constants = {key: _specs(parameters.frozen(module)) for key, module in segments.items()}
     unused = list(unused)
     unused_bytes = sum(map(_stored_bytes, unused))
-    report = _Counter(counted, tensors, unused_bytes, accounting, passes, training_factor)
-    whole_model = _Counter(counted, tensors, unused_bytes, accounting, passes)
+    report = _Counter(counted, tensors, constants, unused_bytes, accounting, passes, training_factor)
+    whole_model = _Counter(counted, tensors, constants, unused_bytes, accounting, passes)
 
     rounds = sum(stage.rounds for stage in stages)
     whole = Stage(index=0, active=tuple(segments), rounds=rounds, learning_rate=1.0)  # its rate costs nothing
-    found, cached = [], set[str]()
+    found, cached, attached = [], set[str](), set[str]()
     for stage in stages:
-        found.append(report.stage(stage, cached))
+        found.append(report.stage(stage, cached, attached))
         if stage.rounds:
             cached |= set(stage.frozen)
-    end_to_end = whole_model.stage(whole, set())
-    baseline = _Counter(counted, tensors, unused_bytes, accounting.model_copy(update=_FP32), passes).stage(whole, set())
+            attached |= {*stage.active, *stage.frozen}
+    end_to_end = whole_model.stage(whole)
+    in_fp32 = accounting.model_copy(update=_FP32)
+    baseline = _Counter(counted, tensors, constants, unused_bytes, in_fp32, passes).stage(whole)
 
     def versions(rounds: int) -> int:
         return min(views, rounds * local_epochs * views_per_epoch)
@@ -144,38 +151,45 @@ class _Counter:
         self,
         segments: Mapping[str, SegmentCost],
         tensors: Mapping[str, tuple[TensorSpec, ...]],
+        constants: Mapping[str, tuple[TensorSpec, ...]],
         unused_bytes: int,
         accounting: Accounting,
         passes: int,
         training_factor: int = TRAINING_FACTOR,
     ) -> None:
-        self.segments, self.tensors, self.unused_bytes, self.accounting = segments, tensors, unused_bytes, accounting
+        self.segments, self.tensors, self.constants = segments, tensors, constants
+        self.unused_bytes, self.accounting = unused_bytes, accounting
         self.passes, self.training_factor = passes, training_factor
 
-    def stage(self, stage: Stage, cached: set[str]) -> StageCosts:
-        """`cached` are the frozen segments whose features the device stored in an earlier stage."""
+    def stage(self, stage: Stage, cached: Collection[str] = (), attached: Collection[str] = ()) -> StageCosts:
+        """`cached` are the frozen segments whose features the device stored in an earlier stage, `attached` all segments that
+        it had then."""
         bare = [name for name in stage.active if not self.segments[name].is_head]
         return StageCosts(
             index=stage.index,
             rounds=stage.rounds,
             active=stage.active,
             frozen=stage.frozen,
-            with_heads=self._step(stage.active, stage.frozen, cached),
-            without_heads=self._step(bare, stage.frozen, cached),
+            with_heads=self._step(stage.active, stage.frozen, cached, attached),
+            without_heads=self._step(bare, stage.frozen, cached, attached),
         )
 
-    def _step(self, active: Sequence[str], frozen: Sequence[str], cached: set[str]) -> StepCost:
+    def _step(
+        self, active: Sequence[str], frozen: Sequence[str], cached: Collection[str], attached: Collection[str]
+    ) -> StepCost:
         is_kept = self.accounting.frozen_weights == "resident"
         shares = self._shares(active, frozen)
         down = Fraction(sum(map(self._download, active)))
         if not is_kept:
-            down += sum(share * self._download(name) for name, share in shares.items())
+            down += sum(share * (self._download(name) + self._constants(name)) for name, share in shares.items())
+            down += sum(map(self._constants, active))
         new = [name for name in frozen if not is_kept or name not in cached]
+        constants = sum(self.segments[name].constants for name in (*active, *frozen))
         return StepCost(
             active_parameters=sum(self.segments[name].parameters for name in active),
-            frozen_parameters=sum(self.segments[name].parameters for name in frozen),
+            frozen_parameters=sum(self.segments[name].parameters for name in frozen) + constants,
             active_bytes=4 * self._values(active),
-            frozen_bytes=4 * self._values(frozen),
+            frozen_bytes=4 * (self._values(frozen) + constants),
             model_bytes=self.unused_bytes + sum(self.segments[name].stored_bytes for name in (*active, *frozen)),
             training_flops_per_sample=self.passes * self.training_factor * self._macs(active),
             prefix_flops_per_sample=round(
@@ -184,8 +198,10 @@ class _Counter:
             fill_flops_per_sample=self._macs(new) if self.accounting.layer_budget is None else None,
             round_bytes_down=round(down),
             round_bytes_up=self._upload(active),
-            prefix_bytes_down=sum(map(self._download, frozen)),
-            new_prefix_bytes_down=sum(map(self._download, new)) if is_kept else 0,
+            prefix_bytes_down=sum(map(self._download, frozen)) + sum(map(self._constants, (*active, *frozen))),
+            new_prefix_bytes_down=sum(map(self._download, new)) + self._new_constants((*active, *frozen), attached)
+            if is_kept
+            else 0,
         )
 
     def _shares(self, active: Sequence[str], frozen: Sequence[str]) -> dict[str, Fraction]:
@@ -213,6 +229,14 @@ class _Counter:
     def _download(self, name: str) -> int:
         """Weights come as one file for each segment."""
         return file_bytes(self.tensors[name], self.accounting.download_encoding, with_header=self.accounting.file_headers)
+
+    def _constants(self, name: str) -> int:
+        """Bytes of what is never trained: a file of its own for a segment that has any, float32 in every plan."""
+        specs = self.constants[name]
+        return file_bytes(specs, "fp32", with_header=self.accounting.file_headers) if specs else 0
+
+    def _new_constants(self, names: Iterable[str], attached: Collection[str]) -> int:
+        return sum(self._constants(name) for name in names if name not in attached)
 
     def _upload(self, names: Iterable[str]) -> int:
         """An update is one file; its tensors are named `segment/tensor`."""
@@ -276,12 +300,13 @@ def _segment_cost(name: str, module: nn.Module, example: tuple[Tensor, ...]) -> 
     finally:
         for part, was_training in modes.items():
             part.training = was_training
-    parameters = sum(p.numel() for p in module.parameters())
+    count = sum(p.numel() for p in parameters.trained(module).values())
     return SegmentCost(
         name=name,
         is_head=not _is_layer(name) and not name.endswith((".stem", ".norm")),
-        parameters=parameters,
-        statistics=sum(spec.count for spec in _exchanged(module)) - parameters,
+        parameters=count,
+        statistics=sum(spec.count for spec in _exchanged(module)) - count,
+        constants=sum(p.numel() for p in parameters.frozen(module).values()),
         stored_bytes=_stored_bytes(module),
         forward_macs=macs,
         uncounted=uncounted,
@@ -289,12 +314,14 @@ def _segment_cost(name: str, module: nn.Module, example: tuple[Tensor, ...]) -> 
 
 
 def _exchanged(module: nn.Module) -> tuple[TensorSpec, ...]:
-    """Parameters, and the buffers that an average over devices makes sense for: stored ones of floating point."""
+    """Trained parameters, and the buffers that an average over devices makes sense for: stored ones of floating point."""
     stored = module.state_dict(keep_vars=True)
     buffers = {key: value for key, value in module.named_buffers() if key in stored and value.is_floating_point()}
-    return tuple(
-        TensorSpec(name=key, shape=tuple(value.shape)) for key, value in (*module.named_parameters(), *buffers.items())
-    )
+    return _specs(parameters.trained(module) | buffers)
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name=key, shape=tuple(value.shape)) for key, value in tensors.items())
 
 
 def _stored_bytes(module: nn.Module) -> int:
@@ -329,5 +356,5 @@ def _check_ownership(segments: Mapping[str, nn.Module]) -> None:
     for name, module in segments.items():
         for key, value in module.named_parameters():
             first = owner.setdefault(id(value), name)
-            if first != name:
+            if first != name and value.requires_grad:
                 raise CutError(f"{name}/{key} belongs to {first} too and would be counted twice; give each segment its own")

@@ -19,7 +19,8 @@ from lamina.manifest import EngineName, Role
 
 
 class Run(Protocol):
-    """Weights as the program takes them, batch inputs, tensors of its references -> outputs as the role promises them."""
+    """Weights as the program takes them, batch inputs, then what it takes as constants between the two, its frozen tensors and
+    those of its references -> outputs as the role promises them."""
 
     def __call__(self, weights: Arrays, inputs: Arrays, references: Arrays = ()) -> list[Tensor]: ...
 
@@ -39,8 +40,9 @@ def differentiate(
 ) -> list[Tensor]:
     """The outputs of a role, from a forward pass and autograd: what eager PyTorch gives, and what a torch program does.
 
-    `forward` takes (weights and references, inputs). That of `backward` gives the embeddings; the last inputs are their
-    gradients. `loss` is differentiated by the embeddings, which are all inputs but the label.
+    `references` are all constants that it takes behind its weights. `forward` takes (weights and constants, inputs). That of
+    `backward` gives the embeddings; the last inputs are their gradients. `loss` is differentiated by the embeddings, which are
+    all inputs but the label.
     """
     leaves: Arrays = ()
     if role == "loss":

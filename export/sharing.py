@@ -12,8 +12,9 @@ Look = tuple[object, ...]
 
 
 def look(module: nn.Module, *facts: object) -> Look:
-    """What equal modules have in common: the tree of their parts as torch prints it, and their parameters' names and shapes."""
-    shapes = tuple((name, tuple(value.shape)) for name, value in module.named_parameters())
+    """What equal modules have in common: the tree of their parts as torch prints it, and their parameters' names and shapes,
+    and which of them are trained."""
+    shapes = tuple((name, tuple(value.shape), value.requires_grad) for name, value in module.named_parameters())
     return (type(module), repr(module), shapes, *facts)
 
 

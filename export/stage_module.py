@@ -4,7 +4,7 @@
                                                          or each view, and with keys those of the momentum copy
 
 A reference (`lamina.names.Reference`) is a copy of some of the module's own tensors from another time. The copy runs through
-the same layers, and no gradient goes through it. Which terms ask for which:
+the same layers, and no gradient goes through it; tensors that are never trained it shares with them. Which terms ask for which:
 
     momentum    moco, byol: chain, norm and projection make the keys
     start       align of a supervised objective: the projections; moon and align of a self-supervised one: all but the predictor
@@ -23,6 +23,7 @@ from torch.func import functional_call
 from export import self_supervised as views
 from export.fusions import classify
 from export.objectives import apply_objective, cross_entropy, distillation
+from export.parameters import trained
 from lamina.manifest import ProgramReference
 from lamina.model import ModelDescription, SelfSupervised, Supervised
 from lamina.names import Reference
@@ -126,7 +127,7 @@ class StageModule(nn.Module):
             for m in present
         ]
         self.head = at.get(HEAD)
-        keys = [[key for key, _ in part.named_parameters()] for part in parts]
+        keys = [list(trained(part)) for part in parts]  # what is never trained is the same at all times: no copy of it
         has_references = with_keys or not until_embeddings
         wanted = references_of(description, stage, terms, is_judged=is_judged) if has_references else {}
         # (kind, (place of the part, name of the tensor) for each array)
@@ -138,14 +139,15 @@ class StageModule(nn.Module):
         self.reference_specs = tuple(
             ProgramReference(kind=kind, tensors=tuple(first[place] + keys[place].index(key) for place, key in tensors))
             for kind, tensors in self.references
+            if tensors
         )
 
     def forward(self, *arrays: Tensor) -> tuple[Tensor, ...]:
-        copies: dict[str, dict[int, dict[str, Tensor]]] = {}
+        copies: dict[str, dict[int, dict[str, Tensor]]] = {kind: {} for kind, _ in self.references}
         rest = iter(arrays)
         for kind, places in self.references:
             for place, key in places:
-                copies.setdefault(kind, {}).setdefault(place, {})[key] = next(rest)
+                copies[kind].setdefault(place, {})[key] = next(rest)
         inputs = list(rest)
         if isinstance(self.objective, SelfSupervised):
             return self._two_views(self.objective, copies, *inputs[:2])
@@ -188,7 +190,8 @@ class StageModule(nn.Module):
                 for route, pool, x in self._present(inputs)
             ]
             assert self.head is not None
-            wanted = functional_call(_Classify(self.parts[self.head]), _inside(teacher[self.head]), (self._in_order(taught),))
+            judge = _inside(teacher.get(self.head, {}))
+            wanted = functional_call(_Classify(self.parts[self.head]), judge, (self._in_order(taught),))
             yield objective.distill * distillation(objective.distill_temperature, wanted, logits)
 
     def _two_views(self, objective: SelfSupervised, copies: Mapping[str, Parts], a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
@@ -256,13 +259,13 @@ def _inside(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def copies_of(segments: Mapping[str, nn.Module], names: Sequence[str]) -> nn.ModuleList:
-    """The parts of a stage: copies in evaluation mode, all of them trainable."""
-    return nn.ModuleList(deepcopy(segments[name]).eval().requires_grad_(True) for name in names)
+    """The parts of a stage: copies in evaluation mode."""
+    return nn.ModuleList(deepcopy(segments[name]).eval() for name in names)
 
 
 def random_references(module: StageModule) -> tuple[Tensor, ...]:
     """Tensors near the module's own, others for each reference: a program that mixes up two of them is then found out."""
-    values = [value.detach() for value in module.parameters()]
+    values = [value.detach() for value in trained(module).values()]
     found = []
     for number, reference in enumerate(module.reference_specs):
         generator = torch.Generator().manual_seed(10 + number)

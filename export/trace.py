@@ -2,7 +2,8 @@
 
     forward_graph    (weights, inputs) -> what the module gives
 
-Tensors of references (`lamina.names.Reference`) come behind the weights, as `weights_n..`: neither has a batch axis.
+The tensors of a module that are never trained come behind its weights, as `weights_frozen_0..`, and behind them those of
+references (`lamina.names.Reference`), as `weights_n..`: none of them has a batch axis.
 
 A graph is an ATen `ExportedProgram` whose placeholders are `weights_0..` and `inputs_0..`, whose batch axis may be
 1..max_batch, and which holds neither tensors nor source paths. So two layers of equal shape give equal graphs, whatever
@@ -21,6 +22,7 @@ from torch.func import functional_call
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from export.lean_compilers import lean_torch
+from export.parameters import frozen, in_order, trained
 from export.rewrites import plain_operations
 from lamina.errors import CutError
 
@@ -37,16 +39,31 @@ def example_batch(max_batch: int) -> int:
 
 
 def forward_graph(module: nn.Module, example: Arrays, max_batch: int, references: Arrays = ()) -> ExportedProgram:
-    """The graph of `module(*references, *inputs)` as a function of (weights and references, inputs), weights in the order of
-    `named_parameters()`."""
-    names = [name for name, _ in module.named_parameters()]
-    weights = tuple(value.detach() for value in module.parameters())
+    """The graph of `module(*references, *inputs)` as a function of (weights, frozen tensors and references, inputs)."""
+    names = list(in_order(module))
+    weights = tuple(value.detach() for value in in_order(module).values())
 
     def run(weights: Arrays, inputs: Arrays) -> Any:
         own, copies = weights[: len(names)], weights[len(names) :]
         return functional_call(module, dict(zip(names, own, strict=True)), (*copies, *inputs))
 
-    return trace_function(run, (*weights, *references), example, max_batch)
+    program = trace_function(run, (*weights, *references), example, max_batch)
+    name_frozen(program, len(trained(module)), len(frozen(module)))
+    return program
+
+
+def name_frozen(program: ExportedProgram, first: int, count: int) -> None:
+    """Renames the placeholders `weights_first..`, `count` of them. Two graphs that differ in nothing but what is trained would
+    else be one program, and the torch engine, which derives the gradients itself, could not tell which it is to derive."""
+    renamed = {f"weights_{first + number}": f"weights_frozen_{number}" for number in range(count)}
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in renamed:
+            node.target = renamed[node.name]
+            node._rename(renamed[node.name])
+    for spec in program.graph_signature.input_specs:
+        if spec.arg.name in renamed:
+            spec.arg.name = renamed[spec.arg.name]
+    program.graph_module.recompile()
 
 
 def trace_function(

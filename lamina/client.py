@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
@@ -27,9 +28,10 @@ from lamina.connection import (
     refuse_compressed,
 )
 from lamina.errors import ConfigError, HashMismatchError, ProtocolError, UnreachableError
-from lamina.files import move_durably, raise_if_full
+from lamina.files import move_durably, raise_if_full, write_durably
 from lamina.manifest import Manifest
 from lamina.printable import printable
+from lamina.tensors import join_files
 from lamina.wire import SIGNATURE_HEADER, Published, RunList, RunStatus
 
 TOKEN_VARIABLE = "LAMINA_TOKEN"
@@ -123,15 +125,27 @@ class Client:
             partial.unlink(missing_ok=True)
 
     def pull_weights(self, status: RunStatus, folder: Path) -> None:
-        """Writes the newest weights of a run as `<segment>.safetensors` files.
+        """Writes the newest weights of a run as `<segment>.safetensors` files: what was trained, and what never is.
 
         Raises ProtocolError for a segment whose name can be no file's.
         """
         for segment in status.weights:
             if not _SEGMENT.fullmatch(segment):
                 raise ProtocolError(f"the coordinator names a segment {printable(segment)!r}, which can be none")
-        for segment, digest in status.weights.items():
-            self.save_blob(digest, folder / f"{segment}.safetensors")
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".pull-", dir=folder) as scratch:
+            described = Path(scratch) / "manifest.json"
+            self.save_blob(status.manifest, described)
+            frozen = Manifest.from_file(described).frozen_tensors
+            for segment, digest in status.weights.items():
+                path = folder / f"{segment}.safetensors"
+                if segment not in frozen:
+                    self.save_blob(digest, path)
+                    continue
+                parts = [Path(scratch) / "trained", Path(scratch) / "frozen"]
+                for part, each in zip(parts, (digest, frozen[segment]), strict=True):
+                    self.save_blob(each, part)
+                write_durably(path, join_files(part.read_bytes() for part in parts))
 
     def close(self) -> None:
         self._connection.close()

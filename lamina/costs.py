@@ -47,6 +47,8 @@ class SegmentCost(Record):
     stored_bytes: Count
     """Parameters and all buffers, as torch stores them."""
     forward_macs: Count
+    constants: Count = 0
+    """Parameters with `requires_grad=False`: never trained, and fetched once, as float32."""
     uncounted: tuple[str, ...] = ()
     """Operators of the forward pass that do dense arithmetic and that torch's counter does not know."""
 
@@ -59,7 +61,7 @@ class StepCost(Record):
     active_bytes: Count
     """Trained and exchanged segments as float32, with their statistics."""
     frozen_bytes: Count
-    """The frozen prefix as float32."""
+    """The frozen prefix and the constants of the active segments as float32."""
     model_bytes: Count
     """All of the model that exists in this stage, as torch stores it: active, frozen, parts that are never used, and buffers of
     every type."""
@@ -74,9 +76,11 @@ class StepCost(Record):
     round_bytes_down: Count
     round_bytes_up: Count
     prefix_bytes_down: Count
-    """The whole frozen prefix in the download encoding: what a device that joins in this stage fetches once in addition."""
+    """The whole frozen prefix in the download encoding, and the constants of all segments as float32: what a device that joins
+    in this stage fetches once in addition."""
     new_prefix_bytes_down: Count
-    """The part of it that was frozen since the last stage with rounds: what a device that was there all along fetches once.
+    """The part of it that was frozen, or attached, since the last stage with rounds: what a device that was there all along
+    fetches once.
     0 where devices fetch the whole prefix in every round: it is in `round_bytes_down` then."""
 
     @property

@@ -6,7 +6,9 @@ A program is a pure function without weights inside:
     eval      (weights..., batch inputs...) -> loss, correct
     frozen    (weights..., one batch input) -> features
 
-`weights` are the tensors of the stage's active segments (train, eval) or of one segment (frozen), in exchange order.
+`weights` are the trained tensors of the stage's active segments (train, eval) or of one segment (frozen), in exchange order.
+After them come the frozen tensors of the same segments, in the same order, where the model's author froze some
+(`requires_grad=False`): constants without a gradient. A device fetches them once, by `Manifest.frozen_tensors`.
 
 A contrastive loss joins the samples of a batch, and so do self-supervised ones. Micro-batches then need three steps for the
 exact gradient: embed all micro-batches, differentiate the loss of the whole batch with respect to the embeddings, send that
@@ -57,19 +59,20 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ProgramReference(Record):
-    """Tensors that a program takes after its weights: copies of those at these places of `Program.weights`, from another time
-    (`lamina.names.Reference`). They are constants: the program gives no gradient for them."""
+    """Tensors that a program takes after its weights and frozen tensors: copies of those at these places of `Program.weights`,
+    from another time (`lamina.names.Reference`). They are constants: the program gives no gradient for them."""
 
     kind: Reference
     tensors: Annotated[tuple[Count, ...], Field(min_length=1, max_length=MAX_ITEMS)]
 
 
 class Program(Record):
-    """One graph file: (weights..., tensors of each reference..., batch inputs...) -> outputs. `inputs` have shapes without
-    the batch axis, which may be 1..max_batch.
+    """One graph file: (weights..., frozen tensors..., tensors of each reference..., batch inputs...) -> outputs. `inputs` have
+    shapes without the batch axis, which may be 1..max_batch.
 
-    `weights` are the shapes of the float32 weights. With precision `int8`, each of them that has two axes is an int8 matrix
-    followed by one float32 scale for each row: weight = scale * int8 (`lamina.quantize`).
+    `weights` and `frozen` are the shapes of the float32 weights and of the tensors that nothing trains. With precision `int8`,
+    each of both that has two axes is an int8 matrix followed by one float32 scale for each row: weight = scale * int8
+    (`lamina.quantize`).
     """
 
     engine: EngineName
@@ -80,6 +83,7 @@ class Program(Record):
     max_batch: PositiveCount
     precision: Precision = "fp32"
     references: Annotated[tuple[ProgramReference, ...], Field(max_length=16)] = ()
+    frozen: Annotated[tuple[Shape, ...], Field(max_length=MAX_ITEMS)] = ()
     activation_bytes: Count
     """Peak bytes of intermediate values at `max_batch`: the planned arena (ExecuTorch), else the peak of live tensors
     of the graph in its written order."""
@@ -90,14 +94,16 @@ class StageCost(Record):
     1 x forward when frozen; 4 x where micro-batches are embedded first (`lamina.plan.Plan.embeds_first`)."""
 
     active_parameters: Count
+    """Those that are trained, and no tensor that the model's author froze."""
     frozen_parameters: Count
+    """Of the frozen prefix, and the frozen tensors of the active segments."""
     flops_per_sample: Count
     """One training step for one sample from cached features."""
     prefix_flops_per_sample: Count
     """One pass of the whole frozen prefix; with the feature cache, a device pays it once per sample, not per epoch."""
     planned_bytes: dict[EngineName, Count]
-    """Weights + gradients + optimiser moments + activations of one micro-batch. With contrastive micro-batches: of the
-    largest of the three programs, and the embeddings of the whole batch."""
+    """Weights + gradients + optimiser moments + frozen tensors + activations of one micro-batch. With contrastive
+    micro-batches: of the largest of the three programs, and the embeddings of the whole batch."""
     round_bytes_down: Count
     """Active weights in the plan's download encoding, before compression."""
     round_bytes_up: Count
@@ -105,8 +111,8 @@ class StageCost(Record):
     program_bytes: dict[EngineName, Count]
     """Programs that no earlier stage used; downloaded once."""
     frozen_bytes: Count
-    """Weights of the frozen prefix in the download encoding: what a device that joins at this stage must fetch in
-    addition."""
+    """Weights of the frozen prefix in the download encoding, and the frozen tensors of all segments of the stage, which are
+    fetched once and as float32: what a device that joins at this stage must fetch in addition."""
 
 
 class PartialStage(Record):
@@ -150,6 +156,8 @@ class Manifest(Record):
     plan: Plan
     segments: Annotated[tuple[Segment, ...], Field(max_length=MAX_SEGMENTS)]
     initial_weights: Annotated[dict[SegmentName, Sha256], Field(max_length=MAX_SEGMENTS)]
+    frozen_tensors: Annotated[dict[SegmentName, Sha256], Field(max_length=MAX_SEGMENTS)] = Field(default_factory=dict)
+    """Segment -> a float32 file of its frozen tensors, for the segments that have any. They are the same in every round."""
     programs: Annotated[dict[Sha256, Program], Field(max_length=MAX_ITEMS)]
     frozen_programs: dict[EngineName, Annotated[dict[SegmentName, Sha256], Field(max_length=MAX_SEGMENTS)]]
     loss_programs: dict[EngineName, Sha256] = Field(default_factory=dict)
@@ -179,9 +187,11 @@ class Manifest(Record):
             raise ValueError(f"segments {names} are not those of the plan's model")
         if set(self.initial_weights) != set(names):
             raise ValueError("initial_weights must hold one blob for each segment")
+        if set(self.frozen_tensors) != {segment.name for segment in self.segments if segment.frozen}:
+            raise ValueError("frozen_tensors must hold one blob for each segment that has frozen tensors, and no other")
         if len(self.stages) != len(self.plan.stages):
             raise ValueError(f"{len(self.stages)} stages of programs for {len(self.plan.stages)} stages of the plan")
-        referred = set(self.initial_weights.values()) | set(self.programs)
+        referred = {*self.initial_weights.values(), *self.frozen_tensors.values(), *self.programs}
         for stage in self.stages:
             referred |= set(stage.train.values()) | set(stage.eval.values()) | set(stage.calibrate.values())
             for part in stage.partial:
@@ -206,11 +216,19 @@ class Manifest(Record):
         return [name for name in self.plan.stages[stage].active if belongs(name, modalities)]
 
     def specs(self, segments: Sequence[str]) -> list[TensorSpec]:
-        """Tensors of these segments, in order, named `segment/tensor`."""
+        """Trained tensors of these segments, in order, named `segment/tensor`."""
         return [
             TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
             for name in segments
             for tensor in self.segment(name).tensors
+        ]
+
+    def frozen_specs(self, segments: Sequence[str]) -> list[TensorSpec]:
+        """Frozen tensors of these segments, in order, named `segment/tensor`."""
+        return [
+            TensorSpec(name=f"{name}/{tensor.name}", shape=tensor.shape)
+            for name in segments
+            for tensor in self.segment(name).frozen
         ]
 
     def exchange_specs(self, stage: int, modalities: Sequence[str] = ()) -> list[TensorSpec]:

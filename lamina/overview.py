@@ -11,7 +11,8 @@ from lamina.tensors import Encoding
 
 
 class ModalityRow(Record):
-    """One modality of one stage. FLOPs are multiply-accumulates for one sample; bytes are files in the plan's encodings."""
+    """One modality of one stage. FLOPs are multiply-accumulates for one sample; bytes are files in the plan's encodings, and of
+    frozen tensors in float32, which count as part of the prefix wherever they are: they are fetched once."""
 
     modality: str
     """A modality, or `head`: the task head, which belongs to all of them."""
@@ -102,12 +103,13 @@ def _modality_row(manifest: Manifest, stage: Stage, owner: str) -> ModalityRow:
         active=active,
         frozen=frozen,
         active_parameters=_parameters(manifest, active),
-        frozen_parameters=_parameters(manifest, frozen),
+        frozen_parameters=_parameters(manifest, frozen) + _constants(manifest, (*active, *frozen)),
         training_flops_per_sample=manifest.plan.passes_of_a_step * sum(manifest.segment_macs.get(name, 0) for name in active),
         prefix_flops_per_sample=sum(manifest.segment_macs.get(name, 0) for name in frozen),
         round_bytes_down=sum(_file(manifest, name, training.download_encoding) for name in active),
         round_bytes_up=sum(_file(manifest, name, training.upload_encoding) for name in active),
-        prefix_bytes=sum(_file(manifest, name, training.download_encoding) for name in frozen),
+        prefix_bytes=sum(_file(manifest, name, training.download_encoding) for name in frozen)
+        + sum(manifest.blobs[manifest.frozen_tensors[n]] for n in (*active, *frozen) if n in manifest.frozen_tensors),
     )
 
 
@@ -117,6 +119,10 @@ def _owner(name: str) -> str:
 
 def _parameters(manifest: Manifest, names: Iterable[str]) -> int:
     return sum(manifest.segment(name).parameters for name in names)
+
+
+def _constants(manifest: Manifest, names: Iterable[str]) -> int:
+    return sum(manifest.segment(name).constants for name in names)
 
 
 def _file(manifest: Manifest, name: str, encoding: Encoding) -> int:

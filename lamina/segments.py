@@ -4,8 +4,8 @@
     {modality}.predictor    with a momentum branch: the prediction head of MoCo and BYOL
     {modality}.classifier   with gradient blending: the classifier of this modality alone
 
-A segment owns an ordered list of named tensors. The order of segments given by `segment_names` and of tensors within a
-segment is the one order of the exchange vector, for every engine.
+A segment owns an ordered list of named tensors that are trained, and one of those that are frozen. The order of segments given
+by `segment_names` and of trained tensors within a segment is the one order of the exchange vector, for every engine.
 """
 
 from collections.abc import Collection
@@ -40,15 +40,27 @@ class TensorSpec(Record):
 
 
 class Segment(Record):
-    """A named part of the model with its float32 tensors, in order."""
+    """A named part of the model with its float32 tensors, in order: `tensors` are trained and exchanged, `frozen` are those
+    that the model's author froze (`requires_grad=False`): constants of the run, which every program of the segment takes."""
 
     name: SegmentName
     modality: Name | None
     tensors: Annotated[tuple[TensorSpec, ...], Field(max_length=MAX_ITEMS)]
+    frozen: Annotated[tuple[TensorSpec, ...], Field(max_length=MAX_ITEMS)] = ()
 
     @property
     def parameters(self) -> int:
+        """Numbers that are trained."""
         return sum(tensor.count for tensor in self.tensors)
+
+    @property
+    def all_tensors(self) -> tuple[TensorSpec, ...]:
+        return (*self.tensors, *self.frozen)
+
+    @property
+    def constants(self) -> int:
+        """Numbers that nothing changes."""
+        return sum(tensor.count for tensor in self.frozen)
 
 
 def stem(modality: str) -> str:

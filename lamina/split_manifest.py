@@ -45,6 +45,11 @@ class SplitProgram(Record):
     def references(self) -> tuple[ReferenceShape, ...]:
         return ()
 
+    @property
+    def frozen(self) -> tuple[tuple[int, ...], ...]:
+        """Whole parts are frozen here, and the tensors of those count as weights."""
+        return ()
+
 
 def taken_weights(plan: SplitPlan, precision: Precision, part: str, tensors: Sequence[Float32]) -> list[NDArray[Any]]:
     """A part's tensors as a program of this precision takes them."""

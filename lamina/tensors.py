@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from lamina.errors import ConfigError, TensorFileError
 from lamina.names import TensorShape
@@ -102,6 +102,14 @@ def decode_one_by_one(path: str, expected: Iterable[TensorShape]) -> Iterator[tu
 def decode_file(path: str, expected: Iterable[TensorShape]) -> dict[str, Float32]:
     """All tensors of a file; see `decode_one_by_one`."""
     return dict(decode_one_by_one(path, expected))
+
+
+def join_files(files: Iterable[bytes]) -> bytes:
+    """The tensors of several fp32 files as one file. Raises TensorFileError for what is no tensor file."""
+    try:
+        return encode({name: value for data in files for name, value in load(data).items()})
+    except SafetensorError as error:
+        raise TensorFileError(f"this is no valid tensor file: {error}") from error
 
 
 def file_encoding(path: str) -> Encoding:

@@ -1,9 +1,9 @@
 """What an engine is: it loads a program and runs it. Nothing else; rounds, optimisers and parameters live above it.
 
-Every program is a pure function of arrays (see `lamina.manifest`): weights come first, then copies of some of them from
-another time if it asks for any, then the batch; the outputs of a `train` program are loss, correct and one gradient for each
-weight. So an engine needs two verbs, and the flat parameter and gradient vectors, references, accumulation and all checks are
-written once in `edge_client.stage_model`, for all engines.
+Every program is a pure function of arrays (see `lamina.manifest`): weights come first, then tensors that are never trained if
+it has any, then copies of some weights from another time if it asks for any, then the batch; the outputs of a `train` program
+are loss, correct and one gradient for each weight. So an engine needs two verbs, and the flat parameter and gradient vectors,
+references, accumulation and all checks are written once in `edge_client.stage_model`, for all engines.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ class LoadedProgram(Protocol):
     """A program ready to run on this device, with one thread."""
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
-        """Outputs for contiguous float32 / int64 / int8 inputs in the program's order: weights, references, batch inputs.
+        """Outputs for contiguous float32 / int64 / int8 inputs in the program's order: weights, frozen tensors, references,
+        batch inputs.
 
         Inputs are read in place and never changed. An output may be memory of the runtime: it is valid until the next
         call of this program, so copy or add it up before. Raises EngineError with the runtime's own words.
@@ -48,7 +49,7 @@ def program_arrays(program: ProgramShape) -> list[tuple[tuple[int, ...], np.dtyp
     """(shape, dtype) of everything that a program takes, in order; batch inputs at their largest batch."""
     float32, int8 = np.dtype(np.float32), np.dtype(np.int8)
     arrays: list[tuple[tuple[int, ...], np.dtype[Any]]] = []
-    for shape in program.weights:
+    for shape in (*program.weights, *program.frozen):
         if program.precision == "int8" and len(shape) == 2:
             arrays += [(shape, int8), (shape[:1], float32)]
         else:

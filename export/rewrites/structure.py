@@ -16,7 +16,8 @@ _FROZEN = "statistics are frozen: the scale and shift that hold them are trained
 _NEVER_MEASURED = (
     "statistics were never measured: a plain scale and shift, which normalises nothing; GroupNorm is the better choice"
 )
-_GAINED = "it had no scale and shift of its own, and has trainable ones now"
+_CONSTANT = "statistics are frozen, and so are the scale and shift that hold them"
+_NOTHING_TO_TRAIN = "it has no scale and shift of its own to train, so they are constants"
 
 
 class ChannelAffine(nn.Module):
@@ -54,12 +55,17 @@ def fold_batch_norm(module: nn.Module, where: str = "") -> tuple[nn.Module, list
 
 
 def untie(segments: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], list[Rewrite]]:
-    """Copies of the segments, in which no two share a parameter; what was shared is listed by the segment that lost it."""
+    """Copies of the segments, in which no two share a parameter; what was shared and is trained is listed by the segment that
+    lost it."""
     owners: dict[int, str] = {}
     copies: dict[str, nn.Module] = {}
     rewrites = []
     for name, module in segments.items():
-        shared = {key: owners[id(value)] for key, value in module.named_parameters() if owners.get(id(value), name) != name}
+        shared = {  # one that is never trained stays equal by itself
+            key: owners[id(value)]
+            for key, value in module.named_parameters()
+            if value.requires_grad and owners.get(id(value), name) != name
+        }
         for value in module.parameters():
             owners.setdefault(id(value), name)
         copies[name] = deepcopy(module)
@@ -96,6 +102,8 @@ def _folded(norm: Any, name: str, proofs: Proofs) -> ChannelAffine:
         after = [part for part in (getattr(norm, key, None) for key in ("drop", "act")) if isinstance(part, nn.Module)]
         after = [part for part in after if not isinstance(part, nn.Identity)]
         folded = ChannelAffine(scale.clone(), shift.clone(), nn.Sequential(*after) if after else None).eval()
+        folded.weight.requires_grad_(_is_trained(norm.weight))
+        folded.bias.requires_grad_(_is_trained(norm.bias))
         x = torch.randn(2, len(scale), *_features(norm), generator=torch.Generator().manual_seed(0))
         proofs.add("batch norm folded", _notes(norm), lambda: norm(x), folded(x))
     return folded
@@ -110,5 +118,12 @@ def _features(norm: nn.Module) -> tuple[int, ...]:
 
 def _notes(norm: nn.Module) -> list[str]:
     seen = getattr(norm, "num_batches_tracked", None)
-    statistics = _NEVER_MEASURED if seen is not None and int(seen) == 0 else _FROZEN
-    return [statistics] if norm.weight is not None else [statistics, _GAINED]
+    statistics = _FROZEN if _is_trained(norm.weight) or _is_trained(norm.bias) else _CONSTANT
+    if seen is not None and int(seen) == 0:
+        statistics = _NEVER_MEASURED
+    return [statistics] if norm.weight is not None else [statistics, _NOTHING_TO_TRAIN]
+
+
+def _is_trained(value: Any) -> bool:
+    """A buffer, or nothing at all, is not."""
+    return isinstance(value, nn.Parameter) and value.requires_grad

@@ -48,7 +48,7 @@ def assemble(
             path = weights / f"{name}.safetensors"
             if not path.is_file():
                 raise TensorFileError(f"{path} is missing; `lamina pull` writes one file for each segment")
-            values[name] = decode_file(str(path), manifest.segment(name).tensors)
+            values[name] = decode_file(str(path), manifest.segment(name).all_tensors)
         tell("write and compare the model")
         model = assemble_model(manifest, values, out)
     for path in (model.safetensors, model.state_dict, model.onnx, model.pte):

@@ -183,6 +183,8 @@ def _remarks(report: "CostReport") -> list[str]:
         lines.append(
             f"depth dropout to {accounting.layer_budget} layers: mean over the draws, which no feature cache can follow"
         )
+    if constants := sum(segment.constants for segment in report.segments):
+        lines.append(f"{constants:,} parameters have requires_grad=False: never trained, sent to each device once")
     if report.unused_parameters:
         lines.append(f"{report.unused_parameters:,} parameters belong to no segment: stored, never run or sent")
     lines += [
