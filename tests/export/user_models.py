@@ -42,6 +42,26 @@ class Words(nn.Module):
         self.norm = nn.LayerNorm(width)
 
 
+class Lora(nn.Module):
+    """A layer whose base is frozen, with an adapter of rank 2: 4 * width numbers are trained, width**2 + width are not."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.base = nn.Linear(width, width).requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(2, width) * 0.1), nn.Parameter(torch.randn(width, 2) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.base(x) + x @ self.a.t() @ self.b.t())
+
+
+class Adapted(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.input = Values(shape=(5, width))
+        self.stem = nn.Linear(width, width)
+        self.layers = nn.ModuleList([Lora(width), Lora(width)])
+
+
 class ByValue(Block):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else super().forward(x)
@@ -49,6 +69,32 @@ class ByValue(Block):
 
 def signal(layers: int = 2, width: int = 8) -> nn.Module:
     return Signal(layers, width)
+
+
+def adapted() -> nn.Module:
+    return Adapted()
+
+
+def adapted_pair() -> dict[str, nn.Module]:
+    return {"left": Adapted(), "right": Adapted(8)}
+
+
+def frozen_stem() -> nn.Module:
+    model = Signal(layers=2)
+    model.stem.requires_grad_(False)
+    return model
+
+
+def lower_half() -> nn.Module:
+    """Stem, the first two of five layers, and the fourth are frozen."""
+    model = Signal(layers=5)
+    for part in (model.stem, *model.layers[:2], model.layers[3]):
+        part.requires_grad_(False)
+    return model
+
+
+def all_frozen() -> nn.Module:
+    return Signal(layers=3).requires_grad_(False)
 
 
 def words() -> nn.Module:
