@@ -12,6 +12,7 @@ from coordinator import bodies, check_in, devices, downloads, evaluations, publi
 from coordinator.aggregation import Aggregator, remove_leftovers
 from coordinator.house import House
 from coordinator.incoming import Incoming
+from coordinator.integrity import Integrity
 from coordinator.last_acts import note_refusal, noting_refusals, noting_refusals_of_body
 from coordinator.problems import install
 from coordinator.settings import Settings
@@ -53,6 +54,7 @@ def create_app(
     app = FastAPI(title="lamina coordinator", lifespan=lifespan, openapi_url=None)
     app.state.house = house
     install(app)
+    app.add_middleware(Integrity)
 
     def as_enroller(authorization: Authorization = None) -> bool:
         return house.tokens.require_enrolment(authorization)

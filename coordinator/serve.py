@@ -4,6 +4,7 @@ import asyncio
 import errno
 import fcntl
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,17 @@ import uvicorn
 from coordinator.app import create_app
 from coordinator.settings import Settings
 from coordinator.split.runtime import Runtime
+from coordinator.timeline import Clock
 from lamina.errors import ConfigError, PortInUseError
 from lamina.files import write_durably
 
 
-def serve(settings: Settings, on_listening: Callable[[str], None] = lambda url: None, split: Runtime | None = None) -> None:
+def serve(
+    settings: Settings,
+    on_listening: Callable[[str], None] = lambda url: None,
+    split: Runtime | None = None,
+    clock: Clock = time.time,
+) -> None:
     """Serves until SIGINT or SIGTERM; `on_listening` gets the address as URL, which also stands in `<state>/address`.
 
     Raises PortInUseError, ConfigError if another coordinator has the state folder, StoreError.
@@ -32,7 +39,8 @@ def serve(settings: Settings, on_listening: Callable[[str], None] = lambda url: 
             on_listening(url)
 
         # No access log: it would be the one place where every request of every device is written down.
-        config = uvicorn.Config(create_app(settings, split=split), access_log=False, log_level="warning", lifespan="on")
+        app = create_app(settings, clock, split, time.monotonic)
+        config = uvicorn.Config(app, access_log=False, log_level="warning", lifespan="on")
         asyncio.run(_Server(config, announce, settings.address).serve(sockets=[listener]))
 
 
