@@ -7,18 +7,20 @@ the first share their programs, and so do frozen layers.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from export import parameters
 from export.cache import ProgramCache, default_cache
+from export.copies import copied
 from export.cost import counted_views, embedding_bytes, forward_macs, held_values, planned_bytes
-from export.cut import StageCut, cut_stage, describe_segment, find_pools, find_segments
+from export.cut import StageCut, cut_stage, describe_segment, find_pools, find_segments, locate_pools, locate_segments
+from export.faults import Fault, fault_of, raise_first
 from export.inputs import example_inputs, segment_input
 from export.models import build_model, zero_late_layers
 from export.notes import frozen_notes, notes_of
@@ -29,7 +31,7 @@ from export.proofs import by_modality, prove_model
 from export.report import plan_examples
 from export.stage_module import Terms
 from export.toolchain import check_folder, tool_versions, write_bundle
-from export.worker import lowering_pool
+from export.worker import LoweredProgram, lower, lowering_pool
 from lamina import __version__
 from lamina.bundle import hash_file
 from lamina.errors import ConfigError, ExportError
@@ -83,7 +85,7 @@ def export_bundle(
         raise ConfigError(f"engines must be one or more of {', '.join(ENGINES)}, each once; given {list(engines)}")
     versions = {engine: tool_versions(engine) for engine in engines}
     measured_on = _measured_on(plan, sample)
-    model = build_model(plan.model, plan.seed) if model is None else deepcopy(model)
+    model = build_model(plan.model, plan.seed) if model is None else copied(model)
     model.eval()
     segments = find_segments(model, plan.model)
     zeroed = zero_late_layers(segments, plan)
@@ -96,26 +98,13 @@ def export_bundle(
     signer = own_key()  # before the long work: what would keep it from being signed is known now
 
     pools = find_pools(model, plan.model)
-    cuts = [_cuts(plan, stage, segments, pools) for stage in plan.stages]
-    chosen: list[_StageKeys] = []
-    frozen: dict[EngineName, dict[str, str]] = {engine: {} for engine in engines}
-    loss: Keys = {}
-    view_loss: Keys = {}
-    steps = len(plan.stages) + len(_frozen_segments(plan))
+    proved = prove_model(segments, pools, plan.model)
+    work = PlanPrograms(plan, segments, pools, on_progress)
     with lowering_pool(workers or os.cpu_count() or 1) as start:
         programs = ProgramSet(plan, versions, ProgramCache(cache or default_cache()), start)
-        on_progress("trace", 0, steps)
-        for stage, cut in zip(plan.stages, cuts, strict=True):
-            chosen.append(_add_programs(programs, stage, cut))
-            on_progress("trace", stage.index + 1, steps)
-        for done, name in enumerate(_frozen_segments(plan), start=len(plan.stages) + 1):
-            for engine, key in programs.add_frozen(name, segments[name]).items():
-                frozen[engine][name] = key
-            on_progress("trace", done, steps)
-        if plan.embeds_first:
-            loss = programs.add_loss()
-            view_loss = programs.add_view_loss() if plan.device_modalities else {}
+        raise_first(work.add_to(programs))
         programs.finish(lambda done, total: on_progress("lower", done, total))
+    cuts, chosen, frozen, loss, view_loss = work.cuts, work.stages, work.frozen, work.loss, work.view_loss
 
     lowered = programs.lowered
     errors = {}
@@ -165,7 +154,7 @@ def export_bundle(
         prefix_errors=errors,
         prefix_errors_on=(hash_file(sample) if sample else RANDOM_INPUTS) if errors else "",
         segment_macs={name: forward_macs(segments[name], example) for name, example in plan_examples(plan).items()},
-        rewrites=tuple(by_modality((*rewrites, *prove_model(segments, pools, plan.model)))),
+        rewrites=tuple(by_modality((*rewrites, *proved))),
         notes=(*notes, *notes_of(plan, zeroed), *frozen_notes(segments)),
         stages=tuple(stages),
         blobs={digest: len(data) for digest, data in sorted(blobs.items())},
@@ -208,6 +197,73 @@ class _StageKeys:
     whole: _Keys
     partial: dict[Subset, _Keys]
     calibrate: Keys
+
+
+@dataclass
+class PlanPrograms:
+    """All programs of a plan: keys of those of each stage, of the frozen segments by engine, and of the losses."""
+
+    plan: Plan
+    segments: Mapping[str, nn.Module]
+    pools: Mapping[str, nn.Module]
+    on_progress: OnProgress = lambda phase, done, total: None
+    cuts: list[_Cuts] = field(default_factory=list)
+    stages: list[_StageKeys] = field(default_factory=list)
+    frozen: dict[EngineName, dict[str, str]] = field(default_factory=dict)
+    loss: Keys = field(default_factory=dict)
+    view_loss: Keys = field(default_factory=dict)
+
+    def add_to(self, programs: ProgramSet) -> Iterator[Fault]:
+        """Cuts and traces what the plan needs. Yields what cannot be, in the order in which an export meets it, and goes on."""
+        plan = self.plan
+        self.frozen = {engine: {} for engine in programs.versions}
+        steps = len(plan.stages) + len(_frozen_segments(plan))
+        self.on_progress("trace", 0, steps)
+        for stage in plan.stages:
+            try:
+                self.cuts.append(_cuts(plan, stage, self.segments, self.pools))
+                self.stages.append(_add_programs(programs, stage, self.cuts[-1]))
+            except ExportError as error:
+                yield fault_of(f"(stage {stage.index})", error)
+            yield from programs.new_faults()
+            self.on_progress("trace", stage.index + 1, steps)
+        for done, name in enumerate(_frozen_segments(plan), start=len(plan.stages) + 1):
+            try:
+                for engine, key in programs.add_frozen(name, self.segments[name]).items():
+                    self.frozen[engine][name] = key
+            except ExportError as error:
+                yield fault_of(name, error)
+            yield from programs.new_faults()
+            self.on_progress("trace", done, steps)
+        if plan.embeds_first:
+            try:
+                self.loss = programs.add_loss()
+                self.view_loss = programs.add_view_loss() if plan.device_modalities else {}
+            except ExportError as error:
+                yield fault_of("(loss)", error)
+            yield from programs.new_faults()
+
+
+def program_faults(
+    plan: Plan, model: nn.Module, engines: Sequence[EngineName], on_progress: OnProgress = lambda phase, done, total: None
+) -> Iterator[Fault]:
+    """Every fault of the programs of a plan, for a model without other faults, as an export meets it; nothing is lowered."""
+    model = copied(model).eval()
+    segments, pools = locate_segments(model, plan.model), locate_pools(model, plan.model)
+    plan = freeze_fixed(plan, fixed_segments(segments, plan.model))
+    try:
+        zero_late_layers(segments, plan)
+        prove_model(segments, pools, plan.model)
+    except ExportError as error:
+        yield fault_of("(model)", error)
+        return
+
+    def nothing(engine: EngineName, graph: ExportedProgram) -> Callable[[], LoweredProgram]:
+        lower("torch", graph)  # every engine's program is read from this file
+        return lambda: LoweredProgram(b"", None)
+
+    programs = ProgramSet(plan, {engine: {} for engine in engines}, None, nothing)
+    yield from PlanPrograms(plan, segments, pools, on_progress).add_to(programs)
 
 
 def _cuts(plan: Plan, stage: Stage, segments: Mapping[str, nn.Module], pools: Mapping[str, nn.Module]) -> _Cuts:

@@ -19,21 +19,22 @@ Everything is in evaluation mode: dropout is off and batch norm has frozen stati
 be cut is refused here, before anything is traced, with the name of the layer or tensor and the way out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from export import parameters
-from export.inputs import LABELS, example_inputs, features, raw_input, segment_input
+from export.faults import Fault, end_faults, model_faults, raise_first
+from export.faults import run_segment as run_segment
+from export.inputs import LABELS, features, segment_input
 from export.stage_module import MAIN_TERM, StageModule, Terms, copies_of
 from export.trunk import MeanTokens
 from lamina.errors import CutError
 from lamina.manifest import ProgramReference, second_view
 from lamina.model import ModelDescription, SelfSupervised, Supervised
 from lamina.names import ANY_MODALITY
-from lamina.plan import Stage
+from lamina.plan import Plan, Stage
 from lamina.segments import (
     HEAD,
     Segment,
@@ -43,7 +44,6 @@ from lamina.segments import (
     heads_of,
     layer,
     norm,
-    prefix_chain,
     projection,
     segment_names,
     stem,
@@ -57,11 +57,24 @@ def find_segments(model: nn.Module, description: ModelDescription) -> dict[str, 
 
     Raises CutError if the model is not of the shape above, or one of its segments cannot be trained or run.
     """
-    found = locate_segments(model, description)
-    _check_ownership(model, found)
-    check_tensors(model)
-    _check_shapes(found, find_pools(model, description), description)
-    return found
+    segments = locate_segments(model, description)
+    raise_first(model_faults(model, segments, locate_pools(model, description), description))
+    return segments
+
+
+def plan_faults(model: nn.Module, plan: Plan) -> Iterator[Fault]:
+    """Every fault of a plan's model that can be seen without tracing; those of single stages only where there is no other.
+
+    Raises CutError if a part is missing.
+    """
+    segments, pools = locate_segments(model, plan.model), locate_pools(model, plan.model)
+    is_sound = True
+    for fault in model_faults(model, segments, pools, plan.model):
+        is_sound = False
+        yield fault
+    if is_sound:
+        for stage in plan.stages:
+            yield from end_faults(segments, pools, plan.model, stage)
 
 
 def locate_segments(model: nn.Module, description: ModelDescription) -> dict[str, nn.Module]:
@@ -179,7 +192,7 @@ def cut_stage(
     two views of one modality instead of a pair, its inputs are named for none (`lamina.names.ANY_MODALITY`).
     """
     chosen = pools or {modality: MeanTokens() for modality in description.modalities}
-    _check_ends(segments, chosen, description, stage)
+    raise_first(end_faults(segments, chosen, description, stage))
     has_views_for_pairs = description.of_device(present) is not description
     description = description.of_device(present)
     present = present or description.modalities
@@ -256,25 +269,6 @@ def _batch_inputs(
     return tuple(inputs)
 
 
-def _check_ends(segments: Segments, pools: Mapping[str, nn.Module], description: ModelDescription, stage: Stage) -> None:
-    """Where a stage ends, norm, pool and projection must take what its last layer gives, in the middle of the model too."""
-    for modality in description.modalities:
-        encoder = description.encoder(modality)
-        depth = len(stage.frozen_chain(description, modality)) + len(stage.active_chain(description, modality)) - 1
-        if encoder.feature_shape(depth) == encoder.feature_shape(encoder.layers):
-            continue  # `find_segments` ran it
-        x = torch.zeros(2, *encoder.feature_shape(depth))
-        where = f"stage {stage.index} ends with features {encoder.feature_shape(depth)} of {modality}, and "
-        for name, module in ((norm(modality), segments[norm(modality)]), (f"{modality}.pool", pools[modality])):
-            x = run_segment(where + name, module, x)
-        if tuple(x.shape) != (2, encoder.width):
-            raise CutError(
-                f"{where}{modality}.pool makes {tuple(x.shape)} of 2 samples, but the heads, which all stages share, take "
-                f"{(2, encoder.width)}: give a pool that makes one width after every layer (fill up with zeros), or use the "
-                "strategy end_to_end"
-            )
-
-
 def _child(module: nn.Module, name: str, where: str = "the model") -> nn.Module:
     child = getattr(module, name, None)
     if not isinstance(child, nn.Module):
@@ -289,93 +283,3 @@ def _item(modules: nn.Module, modality: str, where: str) -> nn.Module:
             f"{where} has no module for modality {modality!r}, only {[name for name, _ in modules.named_children()]}"
         )
     return child
-
-
-def _check_ownership(model: nn.Module, segments: Segments) -> None:
-    """Each parameter belongs to exactly one segment; a frozen one may be in several, where it stays equal by itself."""
-    owners: dict[int, list[str]] = {}
-    is_trained: dict[int, bool] = {}
-    for name, module in segments.items():
-        for key, parameter in module.named_parameters():
-            owners.setdefault(id(parameter), []).append(f"{name}/{key}")
-            is_trained[id(parameter)] = parameter.requires_grad
-    for number, names in owners.items():
-        if len(names) > 1 and is_trained[number]:
-            raise CutError(
-                f"{names[0]} and {names[1]} are one tied parameter: frozen in one segment and trained in the other it would "
-                "not stay one; give each segment its own"
-            )
-    for key, parameter in model.named_parameters():
-        if id(parameter) not in owners:
-            raise CutError(f"parameter {key!r} belongs to no segment, so nobody would train or send it; move it into one")
-
-
-def check_tensors(model: nn.Module) -> None:
-    """Raises CutError for a parameter that is not float32 on the CPU, and for a buffer."""
-    for key, parameter in model.named_parameters():
-        check_parameter(key, parameter)
-    for key, _ in model.named_buffers():
-        raise CutError(
-            f"buffer {key!r} is neither trained nor sent, so devices would disagree about it; use LayerNorm or GroupNorm "
-            "instead of BatchNorm, and compute constants in forward()"
-        )
-
-
-def check_parameter(key: str, parameter: Tensor) -> None:
-    """Raises CutError that names a parameter by its key, if it is not float32 on the CPU."""
-    if parameter.dtype != torch.float32:
-        raise CutError(f"parameter {key!r} is {parameter.dtype}; programs train float32: call model.float()")
-    if parameter.device.type != "cpu":
-        raise CutError(f"parameter {key!r} is on {parameter.device}; export reads weights on the CPU: call model.cpu()")
-
-
-def _check_shapes(segments: Segments, pools: Mapping[str, nn.Module], description: ModelDescription) -> None:
-    """Runs every segment once, on two random samples."""
-    batch = 2
-    for encoder in description.encoders:
-        modality = encoder.modality
-        (x,) = example_inputs(description, (raw_input(encoder),), batch)
-        with torch.no_grad():
-            for depth, name in enumerate([*prefix_chain(description, modality), norm(modality)]):
-                x = run_segment(name, segments[name], x)
-                expected = (batch, *features(encoder, min(depth, encoder.layers)).shape)
-                if tuple(x.shape) != expected:
-                    raise CutError(
-                        f"{name} gives shape {tuple(x.shape)} for {batch} samples, but the description promises {expected}; "
-                        "make the two agree"
-                    )
-            x = run_segment(f"{modality}.pool", pools[modality], x)
-            if tuple(x.shape) != (batch, encoder.width):
-                raise CutError(
-                    f"encoders[{modality!r}].pool gives shape {tuple(x.shape)} for {batch} samples, but the description "
-                    f"promises {(batch, encoder.width)} (batch, width)"
-                )
-            z = run_segment(projection(modality), segments[projection(modality)], x)
-            _check_promise(projection(modality), z, (batch, description.projection.output), "output")
-            for name in heads_of(description, modality)[1:]:
-                is_classifier = name == classifier(modality) and isinstance(description.objective, Supervised)
-                promised = description.objective.classes if is_classifier else description.projection.output
-                _check_promise(
-                    name, run_segment(name, segments[name], z), (batch, promised), "classes" if is_classifier else "output"
-                )
-
-
-def _check_promise(name: str, given: Tensor, promised: tuple[int, int], what: str) -> None:
-    if tuple(given.shape) != promised:
-        raise CutError(
-            f"{name} gives shape {tuple(given.shape)} for {promised[0]} samples, but the description "
-            f"promises {promised} (batch, {what}); make the two agree"
-        )
-
-
-@torch.no_grad()
-def run_segment(name: str, module: nn.Module, x: Tensor) -> Tensor:
-    """What a segment gives. Raises CutError that names it, whatever its forward() raises, and if it gives no tensor."""
-    try:
-        y = module(x)
-    except Exception as error:  # a user's layer may raise anything
-        kind = type(error).__name__
-        raise CutError(f"{name} cannot take an input of shape {tuple(x.shape)} and {x.dtype}: {kind}: {error}") from error
-    if not isinstance(y, Tensor):
-        raise CutError(f"{name} gives a {type(y).__name__}; a segment takes one tensor and gives one: wrap it in a module")
-    return y

@@ -48,7 +48,7 @@ def trace_step(step: Step, forward: ExportedProgram, more_inputs: Sequence[Tenso
         record = make_fx(step, decomposition_table=LEAN, tracing_mode="symbolic")(
             tuple(taken[:weights]), (*taken[weights:], *more_inputs)
         )
-    return finished(_program(record, weights, forward))
+    return finished(_program(record, weights, forward), [v for v in forward.constants.values() if isinstance(v, Tensor)])
 
 
 def results(forward: ExportedProgram) -> list[Tensor]:

@@ -6,15 +6,18 @@ input, as it does where a segment below trains too. So one layer that fails hold
 an engine: that an operator is known to an engine is `export.supported`'s word, and the export still checks each program.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from export import cut, inputs
+from export.bundle import program_faults
+from export.copies import copied
+from export.faults import Fault
 from export.frozen import frozen_graph, segment_precision
 from export.joint import joint_graph
 from export.objectives import cross_entropy
@@ -22,8 +25,7 @@ from export.parameters import trained
 from export.quiet import quiet
 from export.supported import unsupported
 from export.trace import Arrays, example_batch, forward_graph, graph_text
-from export.trace_errors import explain, where
-from lamina.errors import CutError
+from export.trace_errors import explain
 from lamina.manifest import LABEL
 from lamina.model import ModelDescription, Supervised
 from lamina.names import EngineName
@@ -51,6 +53,8 @@ class Finding:
     remedy: str = ""
     is_refused: bool = False
     """No export at all takes a model with such a segment, whatever the stages do with it."""
+    is_needed: bool = True
+    """Whether a program of the plan needs what fails here; an export of that plan passes if none does."""
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -61,7 +65,7 @@ class Finding:
         active = {name for stage in plan.stages for name in stage.active}
         frozen = {name for stage in plan.stages for name in stage.frozen}
         trained, kept = not active.isdisjoint(self.segments), not frozen.isdisjoint(self.segments)
-        return self.is_refused or (trained and not self.trains) or (kept and self.runs_frozen is False)
+        return self.is_refused or (self.is_needed and ((trained and not self.trains) or (kept and self.runs_frozen is False)))
 
 
 @dataclass(frozen=True)
@@ -108,34 +112,62 @@ def examine(
     model: nn.Module,
     engines: Iterable[EngineName],
     on_progress: Progress = lambda segment, done, total: None,
-    faults: Mapping[str, Exception] | None = None,
+    faults: Sequence[Fault] = (),
 ) -> list[Finding]:
     """What each engine can do with each different segment of the model, in exchange order; equal segments share a row.
 
-    `faults` are those of `export.recipe.Resolved`: what was already found wrong with a segment is told and not looked at again.
+    `faults` are those of `export.recipe.Resolved`. The verdict is an export's own: what it meets before it lowers anything
+    (`export.cut.plan_faults`, and then `export.bundle.program_faults`).
 
     Raises CutError if the model has not the parts that `export.cut` describes; whatever else is wrong is a finding.
     """
     engines = tuple(engines)
-    faults = faults or {}
+    model = copied(model)
+    refused = [*faults, *cut.plan_faults(model, plan)]
+    by_segment: dict[str, Fault] = {}
+    for fault in refused:
+        by_segment.setdefault(fault.where, fault)
     looks: dict[tuple[object, ...], list[_Part]] = {}
-    for part in _parts(model, plan.model, faults):
+    for part in _parts(model, plan.model, by_segment):
         looks.setdefault(part.look, []).append(part)
     known: dict[tuple[object, ...], Outcomes] = {}
     rows: dict[tuple[object, ...], tuple[list[str], Outcomes]] = {}
+    total = len(looks)
     for done, parts in enumerate(looks.values()):
-        on_progress(parts[0].name, done, len(looks))
+        on_progress(parts[0].name, done, total)
         with quiet():  # torch writes the graph of what cannot be traced
             outcomes = _examine_part(parts[0], plan, engines, known)
         # Settings such as a layer's number make another look, but seldom another outcome.
         names, _ = rows.setdefault((parts[0].shape, tuple(outcomes.items())), ([], outcomes))
         names += [part.name for part in parts]
-    on_progress("", len(looks), len(looks))
-    return [
+    on_progress("", total, total)
+    findings = [
         Finding(segment=names[0], like=tuple(names[1:]), engine=engine, **vars(outcome))
         for names, outcomes in rows.values()
         for engine, outcome in outcomes.items()
-    ] + _unowned(model, plan.model, engines, faults)
+    ]
+    if refused:
+        names = set(cut.locate_segments(model, plan.model))
+        beside = [fault for name, fault in by_segment.items() if name not in names]
+        return findings + [_beside(fault, engine) for fault in beside for engine in engines]
+    with quiet():
+        return _judged(findings, list(program_faults(plan, model, engines)), plan, engines)
+
+
+def _judged(findings: Sequence[Finding], faults: Sequence[Fault], plan: Plan, engines: tuple[EngineName, ...]) -> list[Finding]:
+    """The findings of segments with what the programs of the plan say, for each engine."""
+    judged = list(findings)
+    for engine in engines:
+        own = [fault for fault in faults if fault.engine in (None, engine)]
+        if not own:
+            judged = [replace(each, is_needed=False) if each.engine == engine and each.reason else each for each in judged]
+        elif not any(each.blocks(plan) for each in judged if each.engine == engine):
+            judged += [_beside(fault, engine) for fault in own]
+    return judged
+
+
+def _beside(fault: Fault, engine: EngineName) -> Finding:
+    return Finding(fault.where, (), engine, False, None, fault.reason, fault.remedy, is_refused=True)
 
 
 def _examine_part(
@@ -146,9 +178,8 @@ def _examine_part(
     def failed(reason: str, remedy: str, is_refused: bool = False) -> Outcomes:
         return {engine: _Outcome(False, frozen_if_failed, reason, remedy, is_refused) for engine in engines}
 
-    fault = part.fault or _eager_fault(part, plan.model)
-    if fault is not None:
-        return failed(*fault, is_refused=True)
+    if part.fault is not None:
+        return failed(*part.fault, is_refused=True)
     size = plan.training.samples_in_memory
     try:
         frozen = None
@@ -208,52 +239,21 @@ def _joint(part: _Part, plan: Plan, size: int) -> tuple[ExportedProgram | None, 
         return None, explain(error)
 
 
-def _eager_fault(part: _Part, description: ModelDescription) -> tuple[str, str] | None:
-    """(reason, remedy) of a segment that cannot be run on two random samples, or gives something else than promised."""
-    (x,) = inputs.example_inputs(description, (part.takes,), 2)
-    try:
-        with torch.no_grad():
-            y = part.module(x)
-    except Exception as error:  # a user's layer may raise anything
-        given = f"an input of shape {tuple(x.shape)} and {x.dtype}"
-        return (
-            f"it raises {type(error).__name__} for {given}: {_first_line(error)}{where(error)}",
-            "let forward() take one such tensor and give one; the plan's input or features may also be wrong",
-        )
-    if not isinstance(y, Tensor):
-        return (
-            f"it gives a {type(y).__name__}, not a tensor",
-            "wrap it in a module whose forward() takes one tensor and gives one",
-        )
-    if y.ndim < 2 or y.shape[0] != x.shape[0]:
-        return f"it gives shape {tuple(y.shape)} for 2 samples", "keep the batch as the first axis of what forward() gives"
-    promised = (2, *part.gives)
-    if tuple(y.shape) != promised:
-        return (
-            f"it gives shape {tuple(y.shape)} for 2 samples, the plan promises {promised}",
-            "make the two agree: change the layer, or the shapes in the plan",
-        )
-    if y.dtype != torch.float32:
-        return f"it gives {y.dtype}, not torch.float32", "end forward() with .float()"
-    return None
-
-
-def _parts(model: nn.Module, description: ModelDescription, faults: Mapping[str, Exception]) -> list[_Part]:
-    """Every segment with what it takes and gives, and what is wrong with its tensors; copies, in evaluation mode."""
-    found, pools = cut.locate_segments(model, description), cut.locate_pools(model, description)
+def _parts(model: nn.Module, description: ModelDescription, faults: Mapping[str, Fault]) -> list[_Part]:
+    """Every segment with what it takes and gives, and its fault; copies, in evaluation mode."""
+    segments, pools = cut.locate_segments(model, description), cut.locate_pools(model, description)
     pool_after = {norm(modality): pool for modality, pool in pools.items()}
-    tied = _ties(found)
     parts = []
-    for name, module in found.items():
+    for name, module in segments.items():
         takes, gives = _promised(description, name)
-        known = explain(faults[name]) if name in faults else None
-        fault = known or _tensor_fault(module) or _tensor_fault(pool_after.get(name)) or tied.get(name)
+        fault = faults.get(name)
         if fault is None:
             module = deepcopy(module).eval()
             if name in pool_after:
                 module = nn.Sequential(module, deepcopy(pool_after[name]).eval())
         is_prefix = name in prefix_chain(description, takes.name) if takes.name in description.modalities else False
-        parts.append(_Part(name, module, takes, gives, is_prefix, fault))
+        known = None if fault is None else (fault.reason, fault.remedy)
+        parts.append(_Part(name, module, takes, gives, is_prefix, known))
     return parts
 
 
@@ -276,54 +276,6 @@ def _promised(description: ModelDescription, name: str) -> tuple[TensorSpec, tup
     if name == norm(modality):
         return inputs.features(encoder, encoder.layers), (encoder.width,)
     return inputs.segment_input(description, name), encoder.feature_shape(prefix_chain(description, modality).index(name))
-
-
-def _tensor_fault(module: nn.Module | None) -> tuple[str, str] | None:
-    try:
-        if module is not None:
-            cut.check_tensors(module)
-    except CutError as error:
-        return explain(error)
-    return None
-
-
-def _ties(segments: Mapping[str, nn.Module]) -> dict[str, tuple[str, str]]:
-    """Segment -> (reason, remedy), for those that share a parameter with another one."""
-    owners: dict[int, list[tuple[str, str]]] = {}
-    for name, module in segments.items():
-        for key, parameter in module.named_parameters():
-            if parameter.requires_grad:  # a frozen one stays equal by itself
-                owners.setdefault(id(parameter), []).append((name, key))
-    found: dict[str, tuple[str, str]] = {}
-    for places in owners.values():
-        for name, key in places:
-            others = [f"{other}/{its}" for other, its in places if other != name]
-            if others:
-                found.setdefault(
-                    name,
-                    (
-                        f"its parameter {key!r} is tied to {', '.join(others)}: frozen in one segment and trained in "
-                        "the other, it would not stay one",
-                        "give each segment a parameter of its own, such as a copy",
-                    ),
-                )
-    return found
-
-
-def _unowned(
-    model: nn.Module, description: ModelDescription, engines: tuple[EngineName, ...], faults: Mapping[str, Exception]
-) -> list[Finding]:
-    """What makes the export refuse the model and is in no segment: parameters, and faults of what the plan leaves out."""
-    segments = cut.locate_segments(model, description)
-    owned = {id(value) for module in segments.values() for value in module.parameters()}
-    nobodys = "this parameter belongs to no segment: nobody would train or send it", "move it into a segment"
-    found = {f"(parameter {key})": nobodys for key, value in model.named_parameters() if id(value) not in owned}
-    found |= {name: explain(error) for name, error in faults.items() if name not in segments}
-    return [
-        Finding(name, (), engine, False, None, reason, remedy, is_refused=True)
-        for name, (reason, remedy) in found.items()
-        for engine in engines
-    ]
 
 
 class _SegmentStage(nn.Module):
@@ -363,10 +315,6 @@ def _settings(module: nn.Module) -> tuple[object, ...]:
         return id(given)
 
     return tuple((key, value(given)) for key, given in sorted(vars(module).items()) if key not in _OWN_ATTRIBUTES)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -39,7 +39,7 @@ def frozen_graph(module: nn.Module, example: Arrays, max_batch: int, precision: 
     def run(taken: Arrays, inputs: Arrays) -> Tensor:
         return functional_call(module, dict(zip(names, restore(taken, axes), strict=True)), inputs)
 
-    program = trace_function(run, take(weights, precision), example, max_batch)
+    program = trace_function(run, take(weights, precision), example, max_batch, tuple(module.buffers()))
     make_weights_late(program.graph)
     program.graph_module.recompile()
     return program

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lamina.manifest import LABEL
-from lamina.model import Encoder, ModelDescription, ModuleEncoder
+from lamina.model import Encoder, Input, ModelDescription, ModuleEncoder, TextTokens
 from lamina.segments import TensorSpec, prefix_chain
 
 AnyEncoder = Encoder | ModuleEncoder
@@ -47,6 +47,14 @@ def example_inputs(
         else:
             found.append(torch.randint(_bound(description, spec.name), shape, generator=generator))
     return tuple(found)
+
+
+def random_input(given: Input, batch: int = 2) -> Tensor:
+    """Random raw input of one encoder."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(given, TextTokens):
+        return torch.randint(given.vocabulary, (batch, *given.shape), generator=generator)
+    return torch.randn(batch, *given.shape, generator=generator)
 
 
 def _bound(description: ModelDescription, name: str) -> int:

@@ -4,7 +4,7 @@ Every model goes through the same door (`export.cut`): `encoders[modality]` with
 `projections[modality]` each, and what the objective asks for: `predictors`, `classifiers`, a `head`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from export.adapters import adapt
-from export.factory import call_factory
+from export.adapters.common import segments_of
+from export.factory import call_factory, library_errors
+from export.faults import Fault, memory_of, raise_first
 from export.fusions import classify, make_head
+from export.mending import mended, mended_trunk, mending_faults
 from export.objectives import l2_normalise
-from export.proofs import engine_safe
+from export.proofs import engine_safe, named_parts
 from export.trunk import MeanTokens, Trunk
 from lamina.errors import CutError
 from lamina.model import (
@@ -31,6 +34,7 @@ from lamina.model import (
     TextTokens,
 )
 from lamina.plan import Plan
+from lamina.recipe import EncoderRecipe
 from lamina.segments import HEAD, classifier, heads_of, layer, norm, predictor, projection, stem
 
 
@@ -233,7 +237,8 @@ def build_model(description: ModelDescription, seed: int, trunks: Mapping[str, T
     the description says.
     """
     if trunks is None:
-        trunks = {spec.modality: make_trunk(spec, seed) for spec in description.encoders if isinstance(spec, ModuleEncoder)}
+        own = {spec.modality: spec for spec in description.encoders if isinstance(spec, ModuleEncoder)}
+        trunks = checked_trunks(own, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MultimodalModel(description, trunks)
@@ -254,21 +259,89 @@ def zero_late_layers(segments: Mapping[str, nn.Module], plan: Plan) -> list[str]
     return late
 
 
-def make_trunk(spec: ModuleEncoder, seed: int) -> Trunk:
-    """Calls the encoder's factory, and adapts what it makes."""
-    trunk = adapt_made(call_factory(spec.factory, spec.arguments, seed), spec.modality, spec.factory, spec.options)
-    if len(trunk.layers) < spec.layers:
-        raise CutError(f"{spec.factory} makes {len(trunk.layers)} layers, the plan says {spec.layers}: it was changed since")
-    return replace(trunk, layers=trunk.layers[: spec.layers])
+def checked_trunks(encoders: Mapping[str, ModuleEncoder], seed: int) -> dict[str, Trunk]:
+    """As `make_trunks`, with the layers that the plan wants. Raises the error of the first fault."""
+    trunks = planned_trunks(encoders, seed)
+    for trunk in trunks.values():
+        raise_first(trunk.faults)
+    return trunks
 
 
-def adapt_made(made: object, modality: str, factory: str, options: Mapping[str, Any]) -> Trunk:
-    """The trunk of what a factory made: a module, or a dict of one for each modality. Engines can train all of it."""
-    if isinstance(made, Mapping):
-        if modality not in made:
-            raise CutError(f"{factory} makes {sorted(made)}, and nothing for modality {modality!r}")
-        made = made[modality]
-    return engine_safe(adapt(made, **options), modality)
+def planned_trunks(encoders: Mapping[str, ModuleEncoder], seed: int) -> dict[str, Trunk]:
+    """As `make_trunks`, with the layers that the plan wants. Raises CutError where the factory makes fewer."""
+    trunks = make_trunks(encoders, seed)
+    for modality, spec in encoders.items():
+        layers = trunks[modality].layers
+        if len(layers) < spec.layers:
+            raise CutError(f"{spec.factory} makes {len(layers)} layers, the plan says {spec.layers}: it was changed since")
+        trunks[modality] = replace(trunks[modality], layers=layers[: spec.layers])
+    return trunks
+
+
+def make_trunks(encoders: Mapping[str, ModuleEncoder | EncoderRecipe], seed: int) -> dict[str, Trunk]:
+    """Calls the factories of these modalities, and adapts what they make. What is wrong with single segments is in `faults`.
+
+    A factory that makes a dict is called once for all of its modalities. Raises as `call_factory` and `adapt` do.
+    """
+    calls: list[tuple[str, Mapping[str, Any], object]] = []
+    chosen: dict[str, object] = {}
+    for modality, spec in encoders.items():
+        factory, arguments = spec.factory or "", spec.arguments
+        made = next((known for name, values, known in calls if (name, values) == (factory, arguments)), None)
+        if made is None:
+            made = call_factory(factory, arguments, seed)
+            if isinstance(made, Mapping):
+                calls.append((factory, arguments, made))
+        chosen[modality] = _of_modality(made, modality, factory)
+    trunks = {}
+    for modality, spec in encoders.items():
+        with library_errors(f"adapting what {spec.factory} makes for {modality}"):
+            trunks[modality] = _adapted(chosen[modality], modality, spec.options)
+    owners: dict[object, str] = {}
+    for modality, spec in encoders.items():
+        for key, value in _parameters(chosen[modality]):
+            if not value.requires_grad:
+                continue  # it stays equal by itself
+            owner = owners.setdefault(memory_of(value), modality)
+            if owner != modality:
+                trunks[modality] = _shared_between(trunks[modality], modality, owner, key, spec.options)
+                break
+    return trunks
+
+
+def _of_modality(made: object, modality: str, factory: str) -> object:
+    if not isinstance(made, Mapping):
+        return made
+    if modality not in made:
+        raise CutError(f"{factory} makes {sorted(made)}, and nothing for modality {modality!r}")
+    return made[modality]
+
+
+def _adapted(made: object, modality: str, options: Mapping[str, Any]) -> Trunk:
+    """The trunk of a module, as engines can train it; tensors that they cannot take are mended, and faults."""
+    own = mended_trunk(made) if isinstance(made, Trunk) else mended(made) if isinstance(made, nn.Module) else made
+    trunk = adapt(own, **options)
+    if isinstance(made, nn.Module | Trunk):
+        parts = named_parts(modality, trunk)
+        parts[norm(modality)] = nn.Sequential(parts[norm(modality)], trunk.pool)
+        trunk = replace(trunk, faults=tuple(mending_faults(made, modality, parts)))
+    return engine_safe(trunk, modality)
+
+
+def _parameters(made: object) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(made, Trunk):
+        made = nn.ModuleList(segments_of(made))
+    if isinstance(made, nn.Module):
+        yield from made.named_parameters()
+
+
+def _shared_between(trunk: Trunk, modality: str, owner: str, key: str, options: Mapping[str, Any]) -> Trunk:
+    """Encoders are trained apart, so what two of them share becomes two copies, if the user asks for that."""
+    if options.get("copy_shared"):
+        return replace(trunk, notes=(*trunk.notes, f"{modality}: began as a copy of what it shares with {owner}."))
+    reason = f"its parameter {key!r} is one of {owner}'s as well: trained apart, it would not stay one"
+    remedy = "make a module for each modality, or ask for copies by the encoder's option copy_shared = true"
+    return replace(trunk, faults=(*trunk.faults, Fault(f"({modality})", reason, remedy)))
 
 
 def family_trunk(spec: Encoder) -> Trunk:

@@ -39,10 +39,7 @@ def check_parity(
     if not is_installed(engine):
         return None
     run = open_program(engine, data, role)
-    values = _perturbed(module)
-    taken = take(values, precision)
-    if precision == "int8":
-        values = restore(taken, [value.ndim for value in values])
+    taken, values = _weights(module, precision)
     # A program with int8 weights gives no gradients, so what it takes need not be told apart.
     count = len(trained(module)) if precision == "fp32" else len(taken)
     weights, constants = values[: len(trained(module))], (*values[len(trained(module)) :], *references)
@@ -55,6 +52,27 @@ def check_parity(
             raise ParityError(f"{name} for {engine} cannot run with a batch of {batch}: {error}") from error
         largest = max(largest, _compare(f"{name} for {engine}", actual, eager(module, role, weights, part, constants)))
     return largest
+
+
+def check_finite(
+    role: Role, name: str, module: nn.Module, inputs: Arrays, precision: Precision = "fp32", references: Arrays = ()
+) -> None:
+    """Raises ParityError if PyTorch itself gives NaN or infinity where the program would be compared with it."""
+    _, values = _weights(module, precision)
+    count = len(trained(module))
+    for value in eager(module, role, values[:count], inputs, (*values[count:], *references)):
+        if not value.isfinite().all():
+            raise ParityError(
+                f"{name} gives NaN or infinity for random inputs and weights, in PyTorch as well; keep logarithms, roots and "
+                "quotients away from zero and below, such as by clamp(min=1e-6), also where only their gradient is infinite"
+            )
+
+
+def _weights(module: nn.Module, precision: Precision) -> tuple[Arrays, Arrays]:
+    """Weights as the program takes them, and the float32 ones that they stand for."""
+    weights = _perturbed(module)
+    taken = take(weights, precision)
+    return taken, restore(taken, [weight.ndim for weight in weights]) if precision == "int8" else weights
 
 
 def _compare(name: str, actual: list[Tensor], expected: list[Tensor]) -> float:

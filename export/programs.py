@@ -15,12 +15,13 @@ from torch.export import ExportedProgram
 from export.cache import ProgramCache, program_key
 from export.cost import peak_live_bytes
 from export.cut import StageCut
+from export.faults import Fault, fault_of
 from export.frozen import frozen_graph, segment_precision
 from export.inputs import LABELS, embedding, example_inputs, segment_input
 from export.joint import backward_graph, joint_graph, loss_graph
 from export.objectives import ContrastiveLoss
 from export.parameters import frozen, trained
-from export.parity import check_parity
+from export.parity import check_finite, check_parity
 from export.self_supervised import KeyLoss, TwoViewLoss
 from export.sharing import Look, computes_the_same, look
 from export.stage_module import Terms, random_references
@@ -29,7 +30,7 @@ from export.toolchain import FORMATS
 from export.trace import Arrays, example_batch, forward_graph, graph_text
 from export.trace_errors import explain
 from export.worker import LoweredProgram
-from lamina.errors import CutError, ExportError
+from lamina.errors import CutError, ExportError, ParityError
 from lamina.manifest import EngineName, Precision, Program, ProgramReference, Role, gradient_input
 from lamina.model import Contrastive, ModelDescription, SelfSupervised
 from lamina.names import ANY_MODALITY, key_of, second_view
@@ -78,13 +79,11 @@ class _Wanted:
 
 
 def _wait(wanted: _Wanted) -> LoweredProgram:
-    """The lowered program. Raises ExportError that names it and, where they are known, the operators that its engine lacks."""
+    """The lowered program. Raises ExportError that names it."""
     try:
         return wanted.lowered()
     except ExportError as error:
-        lacking = [f"has no {operator}: {way_out}" for operator, way_out in unsupported(wanted.engine, wanted.graph)]
-        why = f"{wanted.engine} {'; '.join(lacking)}" if lacking else error.message
-        raise ExportError(f"{wanted.name}: {why}") from error
+        raise ExportError(f"{wanted.name}: {error.message}") from error
 
 
 @dataclass
@@ -103,6 +102,7 @@ class ProgramSet:
     stages_of: dict[Look, list[tuple[nn.Module, tuple[Keys, Keys]]]] = field(default_factory=dict)
     frozen_of: dict[Look, list[tuple[nn.Module, Keys]]] = field(default_factory=dict)
     joint_of: dict[str, ExportedProgram] = field(default_factory=dict)  # by the text of the forward graph it is made from
+    looked_at: set[object] = field(default_factory=set)
 
     @property
     def micro_batch(self) -> int:
@@ -125,6 +125,27 @@ class ProgramSet:
                 keys = self._add_whole_stage(stage, cut, what, self.micro_batch)
         self.stages_of.setdefault(shape, []).append((cut.module, keys))
         return keys
+
+    def new_faults(self) -> Iterator[Fault]:
+        """Why programs that were added since cannot be lowered, or what they give cannot be compared, as far as it is known
+        before: an engine lacks an operator, or PyTorch itself gives NaN."""
+        for key, wanted in self.wanted.items():
+            if key in self.looked_at or not wanted.is_new:
+                continue
+            self.looked_at.add(key)
+            where = f"({wanted.name})"
+            lacking = unsupported(wanted.engine, wanted.graph)
+            if lacking:
+                why = "; ".join(f"has no {operator}: {way_out}" for operator, way_out in lacking)
+                operators, remedies = ("; ".join(dict.fromkeys(texts)) for texts in zip(*lacking, strict=True))
+                message = f"{wanted.name}: {wanted.engine} {why}"
+                yield Fault(where, f"{wanted.engine} cannot run {operators}", remedies, message, wanted.engine, ExportError)
+            if id(wanted.graph) not in self.looked_at:
+                self.looked_at.add(id(wanted.graph))  # engines share it, and `wanted` keeps it
+                try:
+                    check_finite(wanted.role, wanted.name, wanted.module, wanted.example, wanted.precision, wanted.copies)
+                except ParityError as error:
+                    yield fault_of(where, error)
 
     def add_training(self, stage: Stage, cut: StageCut, what: str, max_batch: int) -> Keys:
         """Keys of a training program alone."""

@@ -1,37 +1,79 @@
 """The rewrites of a whole model, proved on features that really flow through it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from export.inputs import example_inputs, raw_input
-from export.rewrites import fold_batch_norm, prove_rewrites, untie
+from export.adapters.gated import Gated
+from export.copies import copied
+from export.faults import fault_of, tie_faults
+from export.inputs import example_inputs, random_input, raw_input
+from export.rewrites import fold_batch_norm, prove_rewrites
 from export.trunk import Trunk
 from lamina.manifest import Rewrite
 from lamina.model import ModelDescription
-from lamina.segments import norm, prefix_chain, projection
+from lamina.segments import layer, norm, prefix_chain, projection, stem
+
+
+def named_parts(modality: str, trunk: Trunk) -> dict[str, nn.Module]:
+    """Stem, layers and norm by the names of their segments."""
+    layers = {layer(modality, index): module for index, module in enumerate(trunk.layers)}
+    return {stem(modality): trunk.stem, **layers, norm(modality): trunk.norm}
 
 
 def engine_safe(trunk: Trunk, modality: str) -> Trunk:
-    """The trunk with batch norm folded and tied parameters separated; what was changed is in its `rewrites`."""
-    names = [f"{modality}.stem", *(f"{modality}.layers.{index}" for index in range(len(trunk.layers))), f"{modality}.norm"]
-    parts, rewrites = untie(dict(zip(names, (trunk.stem, *trunk.layers, trunk.norm), strict=True)))
+    """The trunk with batch norm folded and inputs copied where a layer changes its own; its `rewrites` say where.
+
+    What cannot be made so is in its `faults`, as are segments that share a parameter.
+    """
+    parts = named_parts(modality, trunk)
+    own = {} if trunk.projection is None else {projection(modality): trunk.projection}
+    faults, rewrites = [*trunk.faults, *tie_faults(parts | own)], [*trunk.rewrites]
     for name, part in parts.items():
-        parts[name], folded = fold_batch_norm(part, name)
-        rewrites += folded
-    stem, *layers, last = parts.values()
-    return Trunk(
-        stem=stem,
+        try:
+            parts[name], folded = fold_batch_norm(part, name)
+            rewrites += folded
+        except Exception as error:  # a batch norm of the user's own may raise anything
+            parts[name] = copied(part).eval()
+            faults.append(fault_of(name, error))
+    rewrites += _copy_inputs(parts, random_input(trunk.input))
+    first, *layers, last = parts.values()
+    return replace(
+        trunk,
+        stem=first,
         layers=tuple(layers),
         norm=last,
-        pool=trunk.pool,
-        input=trunk.input,
-        projection=trunk.projection,
         notes=(*trunk.notes, *_dropouts(modality, parts.values())),
-        rewrites=(*trunk.rewrites, *rewrites),
+        rewrites=tuple(rewrites),
+        faults=tuple(faults),
     )
+
+
+@torch.no_grad()
+def _copy_inputs(parts: Mapping[str, nn.Module], x: Tensor) -> Iterator[Rewrite]:
+    """Lets each part that changes its input in place change a copy: the input is also the gradient's, the cache's and the
+    other view's. Nothing is said of a part that fails, or of those behind it."""
+    for name, part in parts.items():
+        taken = x.clone()
+        try:
+            y = part(taken)
+        except Exception:  # `export.faults` has the words
+            return
+        if taken._version:  # torch counts the changes of each tensor
+            (part.layer if isinstance(part, Gated) else part).register_forward_pre_hook(_with_copies)
+            y = part(x)
+            yield Rewrite(where=name, kind="input copied", count=1, largest_difference=0.0, note="it is changed in place")
+        if not isinstance(y, Tensor):
+            return
+        x = y
+
+
+def _with_copies(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in given)
 
 
 def _dropouts(modality: str, parts: Iterable[nn.Module]) -> list[str]:

@@ -5,8 +5,8 @@ my_models:make_vit          a factory alone: everything else by default, or by t
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,24 @@ from pydantic import ValidationError
 from torch import nn
 
 from export.adapters import adapt
-from export.cut import check_tensors, run_segment
-from export.factory import call_factory
-from export.faults import Faults, adapt_faulty, mended, named_parts
-from export.inputs import example_inputs, raw_input
-from export.models import adapt_made, build_model, make_trunk
+from export.factory import call_factory, library_errors
+from export.faults import Fault, look, raise_first, tensor_faults
+from export.inputs import random_input
+from export.mending import mended
+from export.models import build_model, make_trunks, planned_trunks
 from export.parameters import fixed_in
+from export.proofs import named_parts
 from export.trunk import Trunk
 from lamina.errors import ConfigError, CutError
 from lamina.manifest import Rewrite
-from lamina.model import Encoder, ModelDescription, ModuleEncoder, Projection, Supervised
+from lamina.model import Encoder, ModelDescription, ModuleEncoder, Projection
 from lamina.plan import Plan
 from lamina.recipe import EncoderRecipe, Recipe, read_recipe
 from lamina.record import listed
 from lamina.segments import norm, projection
 from lamina.strategies import freeze_fixed, make_stages
 
+_POOLED_AXES = 2  # batch and width
 _MERGED = ("training", "cohort")
 _SAME_IN_A_PLAN = (
     "training",
@@ -54,39 +56,43 @@ _NAMES = {
 class Resolved:
     """A plan with everything decided, and the model with the weights to start from.
 
-    `notes` are the adapters' remarks; `rewrites` what was replaced in the user's modules before the export. `faults` is empty
-    unless the model was read without checks: no export takes such a model.
+    `notes` are the adapters' remarks; `rewrites` what was replaced in the user's modules before the export. No export takes a
+    model with `faults`.
     """
 
     plan: Plan
     model: nn.Module
     notes: tuple[str, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
-    faults: Mapping[str, Exception] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
 
 
 def resolve(source: str, changes: Mapping[str, Any] | None = None, *, check: bool = True) -> Resolved:
     """Reads a plan file, or calls a factory. `changes` replace keys of the recipe (`training` and `cohort` are merged key by
     key).
 
-    Without `check`, a faulty layer does not end the reading, so that `export.doctor` can look at the others: its fault is in
-    `faults`, and tensors of another precision or device are float32 on the CPU in the model.
+    Raises the error of the first fault, unless `check` is off, so that `export.doctor` can list all: then tensors of another
+    precision or device are float32 on the CPU in the model, and shapes behind a layer that fails are unknown.
 
     Raises ConfigError for a file or key that is wrong, ExportError for a factory that raises, CutError for a model that does
     not fit.
     """
     changes = {key: value for key, value in (changes or {}).items() if value is not None}
-    faults: Faults | None = None if check else {}
+    resolved = _read(source, changes)
+    if check:
+        raise_first(resolved.faults)
+    return resolved
+
+
+def _read(source: str, changes: Mapping[str, Any]) -> Resolved:
     if is_factory(source):
-        return _from_recipe(_recipe_of_factory(source, changes, check), changes, faults)
+        return _from_recipe(_recipe_of_factory(source, changes), changes)
     found = read_recipe(Path(source))
-    if isinstance(found, Plan):
-        plan = _changed_plan(found, changes, source)
-        own = [encoder for encoder in plan.model.encoders if isinstance(encoder, ModuleEncoder)]
-        trunks = {e.modality: make_trunk(e, plan.seed) if faults is None else _read_trunk(e, plan.seed, faults) for e in own}
-        model = build_model(plan.model, plan.seed, trunks)
-        return _resolved(freeze_fixed(plan, _fixed(trunks)), model, trunks, faults)
-    return _from_recipe(found, changes, faults)
+    if isinstance(found, Recipe):
+        return _from_recipe(found, changes)
+    plan = _changed_plan(found, changes, source)
+    trunks = planned_trunks({e.modality: e for e in plan.model.encoders if isinstance(e, ModuleEncoder)}, plan.seed)
+    return _resolved(freeze_fixed(plan, _fixed(trunks)), build_model(plan.model, plan.seed, trunks), trunks)
 
 
 def is_factory(source: str) -> bool:
@@ -94,13 +100,11 @@ def is_factory(source: str) -> bool:
     return ":" in source and not Path(source).exists() and "/" not in source and "\\" not in source
 
 
-def describe_trunk(
-    modality: str, recipe: EncoderRecipe, trunk: Trunk, faults: Faults | None = None
-) -> tuple[ModuleEncoder, Trunk]:
+def describe_trunk(modality: str, recipe: EncoderRecipe, trunk: Trunk) -> tuple[ModuleEncoder, Trunk]:
     """The description of a trunk, by running it on two random samples; and the trunk with the layers that are wanted.
 
-    With `faults`, a segment that fails is no error: those behind it, whose input nobody knows, are added there, and the
-    description repeats the last shape that is known.
+    A segment that fails is one of its `faults`, as are those behind it, whose input nobody knows: the description repeats the
+    last shape that is known.
     """
     where = f"{recipe.factory} ({modality})"
     count = recipe.layers or len(trunk.layers)
@@ -109,78 +113,54 @@ def describe_trunk(
     if count > len(trunk.layers):
         raise ConfigError(f"{where} has {len(trunk.layers)} layers, the plan wants {count}")
     trunk = replace(trunk, layers=trunk.layers[:count])
-    parts = named_parts(modality, trunk)
-    if faults is None:
-        check_tensors(nn.ModuleList(parts.values()))
+    shapes, faults = _shapes(modality, trunk)
     spec = ModuleEncoder(
         modality=modality,
         factory=recipe.factory or "",
         arguments=recipe.arguments,
         options=recipe.options,
         input=trunk.input,
-        features=((1,),) * (count + 1),
-        width=1,
+        features=tuple(shapes[: count + 1]),
+        width=shapes[-1][-1],
     )
+    return spec, replace(trunk, faults=(*trunk.faults, *faults))
+
+
+def _shapes(modality: str, trunk: Trunk) -> tuple[list[tuple[int, ...]], list[Fault]]:
+    """What each part and at last the pool give for one example, and the faults on the way."""
+    parts = named_parts(modality, trunk)
+    faults = [fault for name, part in parts.items() for fault in tensor_faults(name, part)]
+    names = [*parts, projection(modality)]
     shapes: list[tuple[int, ...]] = []
-    try:
-        for shape in _shapes(spec, parts, trunk.pool):
-            shapes += [shape]
-    except CutError:
-        if faults is None:
-            raise
-        _add_unknown(faults, [*parts, projection(modality)], len(shapes))
-        shapes += [shapes[-1] if shapes else (1,)] * (len(parts) + 1 - len(shapes))
-    return spec.model_copy(update={"features": tuple(shapes[: count + 1]), "width": shapes[-1][-1]}), trunk
+    x = random_input(trunk.input)
+    for place, part in (*parts.items(), (norm(modality), trunk.pool)):
+        name = place if part is not trunk.pool else f"{modality}.pool"
+        y, fault = look(place, name, part, x, None)
+        if fault is None and part is trunk.pool and y is not None and y.ndim != _POOLED_AXES:
+            reason, remedy = f"gives shape {tuple(y.shape)} for 2 samples", "it must give (2, width)"
+            fault = Fault(place, f"its pool {reason}", remedy, f"{name} {reason}, {remedy}")
+        if fault is not None:
+            faults.append(fault)
+        if y is None or (fault is not None and part is trunk.pool):
+            failed = min(len(shapes), len(parts) - 1)  # a pool fails as part of the norm before it
+            reason = f"not looked at, because the shape of its input is not known, as {names[failed]} fails"
+            faults += [Fault(name, reason, f"mend {names[failed]} first") for name in names[failed + 1 :]]
+            shapes += [shapes[-1] if shapes else (1,)] * (len(parts) + 1 - len(shapes))
+            break
+        x = y
+        shapes.append(tuple(y.shape[1:]))
+    return shapes, faults
 
 
-def _shapes(spec: ModuleEncoder, parts: Mapping[str, nn.Module], pool: nn.Module) -> Iterator[tuple[int, ...]]:
-    """What each part and at last the pool give for one example. Raises CutError at the first that fails."""
-    random = ModelDescription(
-        name="probe", encoders=(spec,), projection=Projection(hidden=1, output=1), objective=Supervised(classes=2)
-    )
-    (x,) = example_inputs(random, (raw_input(spec),), 2)
-    for name, part in parts.items():
-        x = run_segment(name, part.eval(), x)
-        if x.ndim < 2 or x.shape[0] != 2:
-            raise CutError(f"{name} gives shape {tuple(x.shape)} for 2 samples; a segment keeps the batch as its first axis")
-        yield tuple(x.shape[1:])
-    pooled = run_segment(f"{spec.modality}.pool", pool.eval(), x)
-    if pooled.ndim != 2 or pooled.shape[0] != 2:
-        raise CutError(f"{spec.modality}.pool gives shape {tuple(pooled.shape)} for 2 samples, it must give (2, width)")
-    yield tuple(pooled.shape[1:])
-
-
-def _add_unknown(faults: Faults, names: list[str], failed: int) -> None:
-    """Adds the segments behind the one that failed; a pool fails as part of the norm before it."""
-    failed = min(failed, len(names) - 2)
-    for name in names[failed + 1 :]:
-        unknown = CutError(
-            f"not looked at, because the shape of its input is not known, as {names[failed]} fails: mend {names[failed]} first"
-        )
-        faults.setdefault(name, unknown)
-
-
-def _read_trunk(spec: ModuleEncoder, seed: int, faults: Faults) -> Trunk:
-    """As `make_trunk`, with the faults of its segments in `faults`."""
-    made = call_factory(spec.factory, spec.arguments, seed)
-    trunk = adapt_faulty(made, spec.modality, spec.factory, spec.options, faults)
-    return replace(trunk, layers=trunk.layers[: spec.layers])
-
-
-def _from_recipe(recipe: Recipe, changes: Mapping[str, Any], faults: Faults | None) -> Resolved:
+def _from_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Resolved:
     recipe = _changed_recipe(recipe, changes)
     encoders: list[Encoder | ModuleEncoder] = []
-    trunks: dict[str, Trunk] = {}
+    trunks = make_trunks({modality: wanted for modality, wanted in recipe.encoders.items() if wanted.factory}, recipe.seed)
     for modality, wanted in recipe.encoders.items():
         if wanted.factory is None:
             encoders.append(wanted.family_encoder(modality))
             continue
-        made = call_factory(wanted.factory, wanted.arguments, recipe.seed)
-        if faults is None:
-            trunk = adapt_made(made, modality, wanted.factory, wanted.options)
-        else:
-            trunk = adapt_faulty(made, modality, wanted.factory, wanted.options, faults)
-        spec, trunks[modality] = describe_trunk(modality, wanted, trunk, faults)
+        spec, trunks[modality] = describe_trunk(modality, wanted, trunks[modality])
         encoders.append(spec)
     if recipe.whole_objective.kind == "contrastive" and len(encoders) != 2:
         raise ConfigError(
@@ -214,7 +194,7 @@ def _from_recipe(recipe: Recipe, changes: Mapping[str, Any], faults: Faults | No
     except ValidationError as error:
         raise ConfigError(f"the plan of {recipe.name!r}{listed(error, Recipe)}") from error
     model = build_model(description, recipe.seed, trunks)
-    return _resolved(plan, model, trunks, faults)
+    return _resolved(plan, model, trunks)
 
 
 def _fixed(trunks: Mapping[str, Trunk]) -> set[str]:
@@ -223,19 +203,27 @@ def _fixed(trunks: Mapping[str, Trunk]) -> set[str]:
     return {name for chain in parts for name in fixed_in(chain)}
 
 
-def _resolved(plan: Plan, model: nn.Module, trunks: Mapping[str, Trunk], faults: Faults | None) -> Resolved:
-    notes = tuple(note for trunk in trunks.values() for note in trunk.notes)
-    return Resolved(plan, model, notes, tuple(each for trunk in trunks.values() for each in trunk.rewrites), faults or {})
+def _resolved(plan: Plan, model: nn.Module, trunks: Mapping[str, Trunk]) -> Resolved:
+    return Resolved(
+        plan,
+        model,
+        notes=tuple(note for trunk in trunks.values() for note in trunk.notes),
+        rewrites=tuple(rewrite for trunk in trunks.values() for rewrite in trunk.rewrites),
+        faults=tuple(fault for trunk in trunks.values() for fault in trunk.faults),
+    )
 
 
-def _recipe_of_factory(source: str, changes: Mapping[str, Any], check: bool) -> Recipe:
+def _recipe_of_factory(source: str, changes: Mapping[str, Any]) -> Recipe:
     """A recipe with what the factory makes: one modality, named by its input, or those of its dict."""
     made = call_factory(source, {}, changes.get("seed", 0))
-    if isinstance(made, nn.Module) and not check:
-        made = mended(made)
-    modalities = list(made) if isinstance(made, Mapping) else [_NAMES.get(adapt(made).input.kind, "signal")]
+    with library_errors(f"adapting what {source} makes"):
+        module = mended(made) if isinstance(made, nn.Module) else made
+        modalities = list(made) if isinstance(made, Mapping) else [_NAMES.get(adapt(module).input.kind, "signal")]
     name = source.partition(":")[2].lower().strip("_")[:32] or "model"
-    return Recipe(name=name, encoders={modality: EncoderRecipe(factory=source) for modality in modalities})
+    try:
+        return Recipe(name=name, encoders={modality: EncoderRecipe(factory=source) for modality in modalities})
+    except ValidationError as error:
+        raise ConfigError(f"{source} makes a dict with keys {modalities}{listed(error, Recipe)}") from error
 
 
 def _changed_recipe(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:

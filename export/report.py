@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from export import parameters
 from export.cost import TRAINING_FACTOR, count_forward, counted_views
-from export.cut import find_segments
+from export.cut import locate_segments, plan_faults
+from export.faults import raise_first
 from lamina.costs import Accounting, CostReport, RunCost, RunCosts, Savings, SegmentCost, StageCosts, StepCost, file_bytes
 from lamina.errors import ConfigError, CutError
 from lamina.model import Supervised
@@ -31,8 +32,9 @@ def plan_costs(plan: Plan, model: nn.Module, accounting: Accounting | None = Non
 
     Without `accounting`: frozen weights stay on the device, and files are in the plan's encodings.
     """
+    raise_first(plan_faults(model, plan))
     training = plan.training
-    segments = find_segments(model, plan.model)
+    segments = locate_segments(model, plan.model)
     plan = freeze_fixed(plan, parameters.fixed_segments(segments, plan.model))
     return cost_report(
         segments,

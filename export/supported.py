@@ -21,6 +21,11 @@ from export.runtimes import is_installed
 from lamina.manifest import EngineName
 
 _REMEDIES: tuple[tuple[str, str], ...] = (
+    (r"weight_norm", "use weight_norm of torch.nn.utils.parametrizations, or remove it before the export"),
+    (
+        r"matrix_exp|householder",
+        "fix a parametrized weight before the export with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')",
+    ),
     (r"scaled_dot_product|flash_attention|efficient_attention", "write attention as softmax(q @ k.transpose(-2, -1)) @ v"),
     (r"batch_norm", "freeze its statistics (evaluation mode), or use GroupNorm or LayerNorm"),
     (
@@ -39,7 +44,9 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
     (r"rand|bernoulli|dropout|normal", "set dropout to 0: engines would draw other numbers"),
     (r"linalg|inverse|cholesky|svd|det", "replace the decomposition, or move it to where the data is prepared"),
     (r"cond|while_loop|scan", "write the branch as torch.where and the loop with a fixed number of turns"),
-    (r"complex|real|imag", "compute with real and imaginary parts as two tensors"),
+    (r"complex|polar|view_as_real|\breal\b|\bimag\b|conj", "compute with real and imaginary parts as two tensors"),
+    (r"sparse|coo|csr", "use dense tensors: call .to_dense() before the export"),
+    (r"bucketize|searchsorted|histc|bincount|unique|nonzero", "sort values into bins when the data is prepared"),
 )
 _DEFAULT_REMEDY = "write it in sums, products, matmul, exp, slices and reshapes, or keep this layer frozen in every stage"
 

@@ -12,7 +12,7 @@ their place in the model, and `graph_text` tells whether two graphs are equal.
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from export.lean_compilers import lean_torch
 from export.parameters import frozen, in_order, trained
 from export.rewrites import plain_operations
+from export.trace_errors import opaque
 from lamina.errors import CutError
+from lamina.tensors import hash_bytes
 
 EXAMPLE_BATCH = 2
-_MAX_CONSTANT_ELEMENTS = 16  # a scalar of the code is fine; more is data that belongs in a parameter
+_MAX_CONSTANT_ELEMENTS = 16  # a scalar of the code is fine; more is data that belongs in a parameter or a buffer
 _KEPT_META = ("val", "tensor_meta")  # the rest are stack traces and module paths of the machine that exported
 
 Arrays = tuple[Tensor, ...]
@@ -47,7 +49,7 @@ def forward_graph(module: nn.Module, example: Arrays, max_batch: int, references
         own, copies = weights[: len(names)], weights[len(names) :]
         return functional_call(module, dict(zip(names, own, strict=True)), (*copies, *inputs))
 
-    program = trace_function(run, (*weights, *references), example, max_batch)
+    program = trace_function(run, (*weights, *references), example, max_batch, tuple(module.buffers()))
     name_frozen(program, len(trained(module)), len(frozen(module)))
     return program
 
@@ -67,9 +69,10 @@ def name_frozen(program: ExportedProgram, first: int, count: int) -> None:
 
 
 def trace_function(
-    function: Callable[[Arrays, Arrays], Any], weights: Arrays, example: Arrays, max_batch: int
+    function: Callable[[Arrays, Arrays], Any], weights: Arrays, example: Arrays, max_batch: int, constants: Arrays = ()
 ) -> ExportedProgram:
-    """Exports a function of (weights, inputs); every input has a leading batch axis of 1..max_batch.
+    """Exports a function of (weights, inputs); every input has a leading batch axis of 1..max_batch. The graph may hold the
+    `constants`, which are buffers.
 
     A batch that is always 1 is traced as a size like any other: torch has no symbol for an axis that cannot vary.
     """
@@ -81,14 +84,15 @@ def trace_function(
             program = torch.export.export(_Function(function), (weights, example), dynamic_shapes=shapes)
     if max_batch > 1:
         allow_batches(program, max_batch)
-    return finished(program)
+    return finished(program, constants)
 
 
-def finished(program: ExportedProgram) -> ExportedProgram:
-    """The program without what tracing left in it. Raises CutError for what no program may hold: data, or random numbers."""
+def finished(program: ExportedProgram, constants: Iterable[Tensor] = ()) -> ExportedProgram:
+    """The program without what tracing left in it. Raises CutError for what no program may hold: data other than the
+    `constants`, random numbers, or a layer that is one operator."""
     _drop_dtype_checks(program)
     _strip(program)
-    _refuse_state(program)
+    _refuse_state(program, list(constants))
     return program
 
 
@@ -113,8 +117,14 @@ def graph_text(program: ExportedProgram) -> str:
     """A text that is equal for two graphs if and only if they compute the same in the same order, for the same shapes."""
     lines = [f"{node.format_node()} # {_describe(node.meta.get('val'))}" for node in program.graph.nodes]
     ranges = {str(symbol): str(bounds) for symbol, bounds in program.range_constraints.items()}
-    constants = {name: value.tolist() for name, value in program.constants.items() if isinstance(value, Tensor)}
+    constants = {name: _content(value) for name, value in program.constants.items() if isinstance(value, Tensor)}
     return "\n".join([*lines, json.dumps([ranges, constants], sort_keys=True)])
+
+
+def _content(value: Tensor) -> object:
+    if value.numel() <= _MAX_CONSTANT_ELEMENTS:
+        return value.tolist()
+    return [str(value.dtype), list(value.shape), hash_bytes(value.contiguous().numpy().tobytes())]
 
 
 class _Function(nn.Module):
@@ -143,19 +153,22 @@ def _drop_dtype_checks(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def _refuse_state(program: ExportedProgram) -> None:
+def _refuse_state(program: ExportedProgram, constants: list[Tensor]) -> None:
     for name, value in {**program.state_dict, **program.constants}.items():
-        if isinstance(value, Tensor) and value.numel() > _MAX_CONSTANT_ELEMENTS:
+        is_data = isinstance(value, Tensor) and value.numel() > _MAX_CONSTANT_ELEMENTS
+        if is_data and not any(_is_same(value, constant) for constant in constants):
             raise CutError(
                 f"the graph holds a constant tensor {name!r} of shape {tuple(value.shape)}; a program carries no weights: "
-                "make it a parameter, or compute it in forward()"
+                "make it a parameter if it is to be trained, or a buffer (register_buffer) if it is a constant"
             )
     for node in program.graph.nodes:
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise CutError(
-                f"the graph draws random numbers or uses a fused kernel ({node.target}); engines would disagree: remove it "
-                "from forward(), or write it in plain matrix products"
-            )
+            reason, remedy = opaque(str(node.target))
+            raise CutError(f"{reason}; {remedy}")
+
+
+def _is_same(value: Tensor, constant: Tensor) -> bool:
+    return value.dtype == constant.dtype and value.shape == constant.shape and torch.equal(value, constant)
 
 
 def _describe(value: Any) -> str:

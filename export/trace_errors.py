@@ -14,6 +14,11 @@ _OURS = Path(__file__).parent
 _PYTHON = Path(contextlib.__file__).parent
 _BY_VALUES = "use torch.where, masks and fixed sizes: no `if` on a tensor, no .item(), nonzero() or boolean index"
 
+ONE_BATCH = (
+    "it works for one batch size only",
+    "take the batch size from x.shape[0], write -1 or a range for that axis, and compare it with nothing",
+)
+
 # (what its text or type says, reason, remedy); the first that is found counts
 _KNOWN: tuple[tuple[str, str, str], ...] = (
     (
@@ -28,8 +33,7 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
     ),
     (
         r"specialized it to be a constant|Constraints violated|Not all values of batch",
-        "it works for one batch size only",
-        "take the batch size from x.shape[0], write -1 or a range for that axis, and compare it with nothing",
+        *ONE_BATCH,
     ),
     (
         r"does not require grad and does not have a grad_fn",
@@ -52,6 +56,33 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
         "write y = x + 1 instead of x += 1",
     ),
 )
+
+
+# (what an operator that torch counts among the random ones is called, what it is, remedy); the first that is found counts
+_OPAQUE: tuple[tuple[str, str, str], ...] = (
+    (
+        r"lstm|gru|rnn",
+        "is a recurrent layer in one operator, which no engine can train here",
+        "use a convolution over time or attention, or write the steps as a loop over a fixed number of them with nn.Linear",
+    ),
+    (
+        r"attention|flash|efficient",
+        "is attention in one fused kernel, which no engine can train",
+        "write attention as softmax(q @ k.transpose(-2, -1)) @ v",
+    ),
+    (r"dropout", "drops values at random, also in evaluation mode", "use nn.Dropout, which lamina turns off"),
+)
+
+
+def opaque(operator: str) -> tuple[str, str]:
+    """(reason, remedy) of an operator that torch marks as one with random numbers, such as `aten.gru.input`."""
+    for pattern, what, remedy in _OPAQUE:
+        if re.search(pattern, operator):
+            return f"{operator} {what}", remedy
+    return (
+        f"it draws random numbers ({operator}), so engines would disagree",
+        "remove it from forward(): noise belongs to the data, and dropout to nn.Dropout, which lamina turns off",
+    )
 
 
 def explain(error: BaseException) -> tuple[str, str]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from export.faults import Fault
 from lamina.manifest import Rewrite
 from lamina.model import Input
 
@@ -28,7 +29,7 @@ class Trunk:
     """The parts of one encoder. `projection`, where the library has one, goes from (batch, width) to the embedding.
 
     `notes` say what was changed or left out, one sentence each; `rewrites` what was replaced, with its proof. The export shows
-    both.
+    both. For the first of `faults` it refuses the model.
     """
 
     stem: nn.Module
@@ -39,6 +40,7 @@ class Trunk:
     projection: nn.Module | None = None
     notes: tuple[str, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
+    faults: tuple[Fault, ...] = ()
 
 
 class MeanTokens(nn.Module):

@@ -59,7 +59,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
 """(start of the module's name, start of a class name, why it does not fit)"""
 
 
-def adapt(module: object, *, gated: bool = False, **options: Any) -> Trunk:
+def adapt(module: object, *, gated: bool = False, copy_shared: bool = False, **options: Any) -> Trunk:
     """The trunk of a model, in evaluation mode; the model itself stays as it is.
 
     A `Trunk` is given back as it is. A module with the attributes of `export.trunk` becomes one. The models of `SUPPORTED`
@@ -71,15 +71,18 @@ def adapt(module: object, *, gated: bool = False, **options: Any) -> Trunk:
         size      side of a square image, for a convolutional network
         part      "vision" or "text": the tower of a CLIPModel
 
-    Of any model, `gated` lets all layers but the first begin as the identity (`export.adapters.gated`).
+    Of any model, `gated` lets all layers but the first begin as the identity (`export.adapters.gated`), and `copy_shared` makes
+    copies of what segments share, which are trained apart; without it, an export refuses such a model.
 
     Raises CutError for a model that does not fit, with the reason, and ConfigError for an option that it does not take.
     """
-    if not isinstance(gated, bool):
-        raise ConfigError(f"option 'gated' is true or false, given {gated!r}")
+    for name, value in (("gated", gated), ("copy_shared", copy_shared)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"option {name!r} is true or false, given {value!r}")
     if isinstance(module, Trunk):
         _check_options("a Trunk", lambda module: None, options)
-        return _with_gates(module) if gated else module
+        trunk = _with_gates(module) if gated else module
+        return release_shared(trunk) if copy_shared else trunk
     if not isinstance(module, nn.Module):
         raise CutError(
             f"a {type(module).__name__} is no model: the factory must return a torch.nn.Module or an export.trunk.Trunk"
@@ -92,7 +95,8 @@ def adapt(module: object, *, gated: bool = False, **options: Any) -> Trunk:
     trunk = adapter(module, **options)
     if not trunk.layers:
         raise CutError(f"{name} has no layers: a strategy needs at least one to train")
-    trunk = release_shared(_with_gates(trunk) if gated else trunk)
+    trunk = _with_gates(trunk) if gated else trunk
+    trunk = release_shared(trunk) if copy_shared else trunk
     for part in (*segments_of(trunk), trunk.pool, *([trunk.projection] if trunk.projection else [])):
         part.eval()  # wrappers are new, and a new module is in training mode
     return trunk
@@ -133,7 +137,7 @@ def _check_options(name: str, adapter: Adapter, options: dict[str, Any]) -> None
     known = list(_names_of_options(adapter))
     for option in options:
         if option not in known:
-            raise ConfigError(f"{name} has no option {option!r}; it takes {', '.join((*known, 'gated'))}")
+            raise ConfigError(f"{name} has no option {option!r}; it takes {', '.join((*known, 'gated', 'copy_shared'))}")
 
 
 def _names_of_options(adapter: Adapter) -> Iterator[str]:

@@ -1,13 +1,13 @@
 """What all adapters share: the working copy of the user's model, the check of a trunk against it, and small pools."""
 
 from collections.abc import Iterable
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from export.copies import copied
 from export.rewrites import untie
 from export.trunk import FirstToken, Trunk
 from lamina.errors import ConfigError, CutError
@@ -19,7 +19,7 @@ _POOLS = ("first", "mean")
 def working_copy(module: nn.Module) -> Any:
     """A copy in evaluation mode whose attention is written in plain matrix products; the given module stays as it is."""
     _check_weights(module)
-    copy = deepcopy(module).eval()
+    copy = copied(module).eval()
     for part in copy.modules():
         config = getattr(part, "config", None)
         if hasattr(config, "_attn_implementation"):  # transformers

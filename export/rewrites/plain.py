@@ -7,6 +7,7 @@ A module keeps its code and its parameter names; what it calls is intercepted:
     an average pool whose windows lie side by side                    a reshape and a mean
     batch norm in evaluation mode                                     a scale and a shift
     dropout that is on                                                nothing
+    weight_norm of torch.nn.utils.parametrizations                    a root of a sum of squares, and a product
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -226,6 +227,12 @@ def _batch_norm(
     )
 
 
+def _weight_norm(function: Any, v: Tensor, g: Tensor, dim: int = 0) -> _Replaced:
+    axes = [axis for axis in range(v.ndim) if dim == -1 or axis != dim % v.ndim]
+    length = v.pow(2).sum(axes, keepdim=True).sqrt()
+    return "weight norm in plain products", [], lambda: function(v, g, dim), v * (g / length)
+
+
 def _dropout(function: Any, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> _Replaced:
     # Off, it is the identity already; on, its original here is dropout that is off, for chance has no parity.
     kind = "dropout left out" if training and p else ""
@@ -244,6 +251,7 @@ _REWRITES: dict[Any, Callable[..., _Replaced]] = {
     F.conv2d: _patches,
     F.avg_pool2d: _average_pool,
     F.batch_norm: _batch_norm,
+    torch._weight_norm: _weight_norm,
     **{
         function: _dropout
         for function in (

@@ -122,6 +122,12 @@ class WithBuffer(Linear):
         return self.linear(x) * self.scale
 
 
+class Counts(WithBuffer):
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale += 1
+        return self.linear(x)
+
+
 class LosesTheBatch(Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x).mean(0)
@@ -334,6 +340,10 @@ def layer_with_buffer() -> nn.Module:
     return Mine(WithBuffer())
 
 
+def layer_that_counts() -> nn.Module:
+    return Mine(Counts())
+
+
 def raising_layer() -> nn.Module:
     return Mine(Raises())
 
@@ -379,7 +389,7 @@ SEGMENTS = ["signal.stem", *(f"signal.layers.{i}" for i in range(4)), "signal.no
         ("half_layer", "parameter 'linear.weight' is torch.float16", "model.float()"),
         ("half_trunk", "parameter 'linear.weight' is torch.float16", "model.float()"),
         ("layer_without_values", "parameter 'linear.weight' is on meta", "model.cpu()"),
-        ("layer_with_buffer", "buffer 'scale'", "LayerNorm"),
+        ("layer_that_counts", "changes its buffer 'scale' in forward()", "LayerNorm"),
         ("layer_that_normalises_batches", "track_running_stats=False", "GroupNorm"),
     ],
 )

@@ -158,7 +158,7 @@ DOCTORED = "tests.export.test_doctor"
     "factory, message",
     [
         ("half_layer", r"layers\.1\.linear\.weight' is torch\.float16.*call model\.float\(\)"),
-        ("layer_with_buffer", r"buffer '2\.scale'.*use LayerNorm"),
+        ("layer_that_counts", r"signal\.layers\.1 changes its buffer 'scale' in forward\(\).*use LayerNorm"),
         ("raising_layer", r"signal\.layers\.1 cannot take an input of shape \(2, 4, 16\).*KeyError: 'no such thing'"),
     ],
 )

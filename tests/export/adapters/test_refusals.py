@@ -67,10 +67,12 @@ def test_a_protocol_without_layers_is_refused():
         adapt(own)
 
 
-def test_segments_that_share_weights_get_copies_and_a_note():
+def test_segments_that_share_weights_get_copies_and_a_note_if_that_is_asked_for():
     own = Own()
     own.layers = nn.ModuleList([own.layers[0], own.layers[0]])
-    trunk = adapt(own)
+    together = adapt(own)
+    assert together.layers[0].weight is together.layers[1].weight and not together.notes
+    trunk = adapt(own, copy_shared=True)
     assert isinstance(trunk, Trunk)
     assert trunk.layers[0].weight is not trunk.layers[1].weight
     assert torch.equal(trunk.layers[0].weight, trunk.layers[1].weight)
