@@ -8,7 +8,20 @@ from typing import Annotated
 from fastapi import BackgroundTasks, Depends, FastAPI, Header, Path, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from coordinator import bodies, check_in, devices, downloads, evaluations, publish, roster, rounds, signatures, status, updates
+from coordinator import (
+    bodies,
+    cards,
+    check_in,
+    devices,
+    downloads,
+    evaluations,
+    publish,
+    roster,
+    rounds,
+    signatures,
+    status,
+    updates,
+)
 from coordinator.aggregation import Aggregator, remove_leftovers
 from coordinator.house import House
 from coordinator.incoming import Incoming
@@ -92,6 +105,11 @@ def create_app(
         if isinstance(answer, Refused):
             note_refusal(house, device, "refused", answer.detail)
         return _json(answer)
+
+    @app.put("/v1/data-card")
+    def put_data_card(device: Device, body: Json) -> Response:
+        cards.keep_card(house, device, body)
+        return Response(status_code=204)
 
     @app.api_route("/v1/blobs/{digest}", methods=["GET", "HEAD"])
     def get_blob(_: Known, digest: str, request: Request) -> Response:

@@ -6,6 +6,7 @@ from sqlalchemy.orm import Session
 
 from coordinator.assignments import make_assignment
 from coordinator.calibration import take_calibration, why_not_calibrate
+from coordinator.cards import is_known, why_not_this_data
 from coordinator.devices import get_device, remember
 from coordinator.house import House
 from coordinator.last_acts import note_act
@@ -16,12 +17,12 @@ from coordinator.terms import agree
 from coordinator.timeline import lease_of, tenure_of
 from coordinator.waiting import describe
 from lamina.manifest import Manifest
-from lamina.wire import Assignment, CheckIn, Refused, Wait
+from lamina.wire import Assignment, CardWanted, CheckIn, Refused, Wait
 
 log = logging.getLogger("lamina.coordinator")
 
 
-def check_in(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait | Refused:
+def check_in(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait | Refused | CardWanted:
     """Work in the first open run that fits the device, or what it waits for, or why there is nothing for it.
 
     Raises UnknownNameError if `facts.run` names no run, and DiskFullError.
@@ -31,7 +32,7 @@ def check_in(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait 
     return house.variants.fit(answer, house.manifest(answer.manifest)) if isinstance(answer, Assignment) else answer
 
 
-def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait | Refused:
+def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait | Refused | CardWanted:
     """The answer, with the float32 blobs of the weights."""
     now = house.clock()
     with house.database.write() as session:
@@ -45,11 +46,16 @@ def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait
                 detail="a calibrator changes all layers by itself, so it enrols with the admin token: give --token-file "
                 f"{house.settings.admin_token.name} and a new --state folder"
             )
+        if facts.data_card and not is_known(session, device_id, facts.data_card):
+            return CardWanted()
         misfits: list[str] = []
         for run in candidates:
             if run.has_ended:
                 continue
-            misfit = why_not(house.manifest(run.manifest), facts)
+            manifest = house.manifest(run.manifest)
+            misfit = why_not(manifest, facts)
+            if not misfit and facts.data_card:
+                misfit = why_not_this_data(house, session, run, manifest.plan, device, facts.data_card, now)
             if misfit:
                 misfits.append(f"{run.id} {misfit}")
                 continue

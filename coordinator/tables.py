@@ -11,6 +11,8 @@ round's rows:
 
     teachers      what the active segments of a stage were at the end of the stage before
     variants      the same weights in smaller encodings; made from the float32 ones when first wanted, and again if lost
+    cards         how the data of each device was packed
+    data_facts    what of that all devices of a run have in common
     superseded    what the newest weights replaced, until nothing needs it and it is deleted
     clock         where the time line was when it was last noted
 
@@ -119,6 +121,26 @@ class DeviceRow(Base):
     did_unix_seconds: Mapped[float | None]
     refusal: Mapped[str] = mapped_column(default="")
     refused_unix_seconds: Mapped[float | None]
+
+
+class CardRow(Base):
+    """The card of a device's data, as it sent it last (`coordinator.cards`); `sha256` is of the bytes that it sent."""
+
+    __tablename__ = "cards"
+    device_id: Mapped[str] = mapped_column(primary_key=True)
+    sha256: Mapped[str]
+    card: Mapped[str] = mapped_column(Text)
+
+
+class DataFactRow(Base):
+    """What the data of all devices of a run has in common: a field of a card, its value as JSON, and the device that had it
+    first."""
+
+    __tablename__ = "data_facts"
+    run_number: Mapped[int] = mapped_column(ForeignKey("runs.number"), primary_key=True)
+    field: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str] = mapped_column(Text)
+    device_id: Mapped[str]
 
 
 class RunRow(Base):

@@ -16,6 +16,7 @@ from edge_client.checks import find_fault
 from edge_client.job import SPLITS, Rows, Split
 from edge_client.rows import RowFile
 from lamina.bundle import hash_file
+from lamina.data_card import read_card
 from lamina.errors import DataError
 from lamina.files import raise_if_full, write_durably
 from lamina.model import ModelDescription
@@ -40,7 +41,7 @@ def limits_of(model: ModelDescription) -> dict[str, int]:
 
 
 class LocalData:
-    """An opened data file. `fingerprint` is its sha256: other bytes are other data."""
+    """An opened data file. `fingerprint` is its sha256: other bytes are other data. `card`: how it was packed, if known."""
 
     def __init__(self, path: Path, scratch: Path) -> None:
         """Reads the headers only. `scratch` takes the arrays of a compressed file, which cannot be read by rows.
@@ -51,6 +52,7 @@ class LocalData:
         if not path.is_file():
             raise DataError(f"{path} does not exist; `--data` takes an .npz file with arrays such as train_image, train_label")
         try:
+            self.card = read_card(path)
             self.fingerprint = _fingerprint(path, scratch)
             self._arrays = {name: rows for name, rows in _open_arrays(path, scratch / self.fingerprint)}
         except zipfile.BadZipFile as error:

@@ -49,7 +49,7 @@ from lamina.files import write_durably
 from lamina.manifest import Manifest
 from lamina.names import EngineName
 from lamina.tensors import ENCODINGS, max_file_bytes
-from lamina.wire import MAX_JSON_BYTES, Assignment, CheckIn, DeviceRole, Evaluation, Refused, TrainReport, Wait
+from lamina.wire import MAX_JSON_BYTES, Assignment, CardWanted, CheckIn, DeviceRole, Evaluation, Refused, TrainReport, Wait
 
 _CHECKED, _BYTES = "checked.json", "bytes.json"
 _MOST_FAILURES = 5
@@ -287,11 +287,19 @@ class Device:
             compressions=available_compressions(),
             run=self._options.run,
             role=self._options.role,
+            data_card=self._data.card.sha256 if self._data.card is not None else "",
         )
 
     def _check_in(self) -> Assignment | Wait | Refused:
+        facts, card = self._facts(), self._data.card
         try:
-            return self._transport.check_in(self._facts())
+            answer = self._transport.check_in(facts)
+            if isinstance(answer, CardWanted) and card is not None:
+                self._transport.put_card(card.to_json())
+                answer = self._transport.check_in(facts)
+            if isinstance(answer, CardWanted):
+                raise ProtocolError("the coordinator asks for the data card once more, though it was sent")
+            return answer
         except NotEnrolledError as error:
             raise NotEnrolledError(
                 f"the coordinator does not know this device any more ({error.message}); to enrol it anew, "

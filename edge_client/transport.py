@@ -46,6 +46,7 @@ from lamina.wire import (
     REPORT_HEADER,
     Accepted,
     Assignment,
+    CardWanted,
     CheckIn,
     Enrolled,
     Enrolment,
@@ -127,8 +128,12 @@ class Transport:
         answer = self._send("enrolment", "POST", "/v1/devices", enrolment.to_json(), token=enrolment_token)
         return parsed(Enrolled, answer)
 
-    def check_in(self, message: CheckIn) -> Assignment | Wait | Refused:
+    def check_in(self, message: CheckIn) -> Assignment | Wait | Refused | CardWanted:
         return parsed_one_of(CHECK_IN_ANSWER, self._send("check-in", "POST", "/v1/check-in", message.to_json()))
+
+    def put_card(self, card: bytes) -> None:
+        """The data card that a check-in named by its hash, as JSON."""
+        self._send("data card", "PUT", "/v1/data-card", card)
 
     def wait(self, answer: Wait) -> None:
         """Sleeps as the coordinator asks, at random between its two bounds, but neither in a hot loop nor for hours."""

@@ -42,6 +42,7 @@ _SAME_IN_A_PLAN = (
     "zero_init",
     "server_learning_rate",
     "seed",
+    "data_card",
 )
 _NAMES = {
     "image": "image",

@@ -20,6 +20,7 @@ from lamina.bounds import (
     PositiveSeconds,
     SegmentName,
 )
+from lamina.data_card import DataCard
 from lamina.model import ModelDescription, ModuleEncoder, Name
 from lamina.record import Record
 from lamina.segments import HEAD, heads_of, prefix_chain, segment_names
@@ -249,7 +250,8 @@ class Plan(Record):
     `device_modalities` are the sets of modalities that devices may have besides all of them (what they train:
     `ModelDescription.of_device`). `zero_init` lets each layer that is attached after the first stage begin as the identity
     (its residual branches start at zero), so that the model does not change when a stage begins. `server_learning_rate` scales
-    the mean of the updates before it is added.
+    the mean of the updates before it is added. `data_card` is what the data of all devices has in common; what it leaves open,
+    the first device decides.
     """
 
     version: Literal[1] = 1
@@ -267,6 +269,7 @@ class Plan(Record):
     zero_init: bool = False
     server_learning_rate: PositiveFloat = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data_card: DataCard | None = None
 
     @model_validator(mode="after")
     def _stages_fit_the_model(self) -> "Plan":
@@ -301,6 +304,8 @@ class Plan(Record):
                 raise ValueError(f"augmentation of {modality!r}: texts take erase alone, no other change")
             if augmentation.flip and kind not in ("image_patches", "image"):
                 raise ValueError(f"augmentation of {modality!r}: only images can be flipped, and it is {kind}")
+        if self.data_card is not None and (fault := self.data_card.misfit(self.model)):
+            raise ValueError(f"data_card {fault}")
         if not any(stage.rounds for stage in self.stages):
             raise ValueError("every stage has 0 rounds: nothing would be trained")
         return self

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from lamina.bounds import MAX_ROUNDS
+from lamina.data_card import DataCard
 from lamina.errors import ConfigError
 from lamina.model import (
     FACTORY,
@@ -110,6 +111,7 @@ class Recipe(Record):
     zero_init: bool = False
     server_learning_rate: PositiveFloat = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data_card: DataCard | None = None
 
     @model_validator(mode="after")
     def _says_the_objective_once(self) -> "Recipe":

@@ -5,7 +5,8 @@ Each request carries `Authorization: Bearer <token>`: the enrolment token for `P
 for what a device does, the admin token for publishing.
 
     POST /v1/devices                                              Enrolment -> Enrolled
-    POST /v1/check-in                                             CheckIn -> Assignment | Wait | Refused
+    POST /v1/check-in                                             CheckIn -> Assignment | Wait | Refused | CardWanted
+    PUT  /v1/data-card                                            DataCard (`lamina.data_card`) -> 204
     GET  /v1/blobs/{sha256}                                       bytes; ETag is the sha256, Range is honoured
     PUT  /v1/blobs/{sha256}                                       bytes -> 201, or 200 if it was there (admin)
     POST /v1/runs                                                 Manifest, Signature in a header -> Published (admin)
@@ -116,6 +117,7 @@ class CheckIn(Record):
     """A device asks for work and says what it has. `run` limits the answer to one run.
 
     `encodings` and `compressions` are what it can read and write; fp32 and no compression need not be listed.
+    `data_card` is the sha256 of the card of its data (`lamina.data_card`), as JSON in UTF-8; empty: the data has none.
     A `calibrator` holds the server's own data: it gets phase `calibrate` and nothing else, and is no part of a cohort.
     """
 
@@ -127,6 +129,7 @@ class CheckIn(Record):
     encodings: Encodings = ("fp32",)
     compressions: Compressions = ("none",)
     role: DeviceRole = "device"
+    data_card: Sha256 | Literal[""] = ""
 
 
 class Assignment(Record):
@@ -183,8 +186,14 @@ class Refused(Record):
     detail: Text
 
 
-CheckInAnswer = Annotated[Assignment | Wait | Refused, Field(discriminator="kind")]
-CHECK_IN_ANSWER: TypeAdapter[Assignment | Wait | Refused] = TypeAdapter(CheckInAnswer)
+class CardWanted(Record):
+    """The coordinator does not know the data card that the check-in named: send it, then ask again."""
+
+    kind: Literal["card_wanted"] = "card_wanted"
+
+
+CheckInAnswer = Annotated[Assignment | Wait | Refused | CardWanted, Field(discriminator="kind")]
+CHECK_IN_ANSWER: TypeAdapter[Assignment | Wait | Refused | CardWanted] = TypeAdapter(CheckInAnswer)
 
 
 class TrainReport(Record):

@@ -1,7 +1,7 @@
 """`lamina data`: a user's own examples as the file that a device trains from, and what is wrong with them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -10,7 +10,9 @@ from lamina.errors import ConfigError, DataError
 from lamina.printable import printable
 
 if TYPE_CHECKING:
+    from lamina.data.models import Target
     from lamina.data.pack import Options, Report
+    from lamina.data_card import DataCard
     from lamina.model import ModelDescription
 
 T = TypeVar("T", bound=str)
@@ -55,11 +57,30 @@ Mean = Annotated[
     ),
 ]
 Std = Annotated[list[str] | None, typer.Option(metavar="[MODALITY=]A,B,..", help="Then divide by this, likewise.")]
-FitOption = Annotated[str, typer.Option("--fit", help="Images of other proportions: stretch them, or crop their centre.")]
-Rate = Annotated[int, typer.Option(min=1, help="Samples a second to which sounds are brought.")]
-WindowMs = Annotated[float, typer.Option(min=0.1, help="Window of a spectral frame, in milliseconds.")]
-HopMs = Annotated[float, typer.Option(min=0.1, help="From one spectral frame to the next, in milliseconds.")]
-Tokenizer = Annotated[str, typer.Option(help="Texts to token ids: words (hashed), bytes, or a tokenizer.json.")]
+FitOption = Annotated[
+    str | None,
+    typer.Option("--fit", help="Images of other proportions: stretch them, or crop their centre. Default: stretch."),
+]
+Rate = Annotated[
+    int | None, typer.Option(min=1, max=768_000, help="Samples a second to which sounds are brought. Default: 16000.")
+]
+WindowMs = Annotated[
+    float | None, typer.Option(min=0.1, max=60_000, help="Window of a spectral frame, in milliseconds. Default: 25.")
+]
+HopMs = Annotated[
+    float | None, typer.Option(min=0.1, max=60_000, help="From one spectral frame to the next, in milliseconds. Default: 10.")
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Texts to token ids: words (hashed), bytes, or a tokenizer.json. Default: words.")
+]
+Card = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="A packed .npz of another device, or its card as .json: the same class names, scaling, rates and tokenizer, and "
+        "refused where anything differs. Default: what the plan says, if it does.",
+    ),
+]
 Captions = Annotated[Path | None, typer.Option(help="COCO captions file, relative to the source or to this folder.")]
 Images = Annotated[Path | None, typer.Option(help="Folder of the images of --captions.")]
 TestCaptions = Annotated[Path | None, typer.Option(help="COCO captions file of the test examples.")]
@@ -91,11 +112,12 @@ def pack(
     rename: Rename = None,
     mean: Mean = None,
     std: Std = None,
-    fit: FitOption = "stretch",
-    rate: Rate = 16000,
-    window_ms: WindowMs = 25.0,
-    hop_ms: HopMs = 10.0,
-    tokenizer: Tokenizer = "words",
+    fit: FitOption = None,
+    rate: Rate = None,
+    window_ms: WindowMs = None,
+    hop_ms: HopMs = None,
+    tokenizer: Tokenizer = None,
+    card: Card = None,
     captions: Captions = None,
     images: Images = None,
     test_captions: TestCaptions = None,
@@ -117,8 +139,9 @@ def pack(
         raise ConfigError(f"--out {out} must end in .npz")
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists; pass --overwrite to replace it (not while a device trains from it)")
-    model = _model(plan)
-    options = _options(model, **{name: given[name] for name in _OPTIONS})
+    target = _target(plan)
+    model = target.model
+    options = _options(model, _wanted_card(card, plan, target), source, **{name: given[name] for name in _OPTIONS})
     with counting("packing") as show:
         report = pack_data(source, model, out, options, skip_bad, lambda done, total: show("packing", done, total))
     _print(report)
@@ -127,7 +150,8 @@ def pack(
             f"left out: {report.left_out} of {report.left_out + sum(report.examples.values())} examples, for the faults above"
         )
     if report.names:
-        typer.echo(f"class names: {classes_path(out)}; give it as --classes on the other devices")
+        typer.echo(f"class names: {classes_path(out)}")
+    typer.echo("On the other devices, pack with --card of this file: class names, scaling, rates and tokenizer must be equal.")
     typer.echo(f"{out}: {out.stat().st_size:,} bytes")
 
 
@@ -143,11 +167,12 @@ def check(
     rename: Rename = None,
     mean: Mean = None,
     std: Std = None,
-    fit: FitOption = "stretch",
-    rate: Rate = 16000,
-    window_ms: WindowMs = 25.0,
-    hop_ms: HopMs = 10.0,
-    tokenizer: Tokenizer = "words",
+    fit: FitOption = None,
+    rate: Rate = None,
+    window_ms: WindowMs = None,
+    hop_ms: HopMs = None,
+    tokenizer: Tokenizer = None,
+    card: Card = None,
     captions: Captions = None,
     images: Images = None,
     test_captions: TestCaptions = None,
@@ -163,8 +188,9 @@ def check(
     given = dict(locals())
     from lamina.data.pack import check as check_data
 
-    model = _model(plan)
-    options = _options(model, **{name: given[name] for name in _OPTIONS})
+    target = _target(plan)
+    model = target.model
+    options = _options(model, _wanted_card(card, plan, target), source, **{name: given[name] for name in _OPTIONS})
     with counting("checking") as show:
         report = check_data(source, model, options, lambda done, total: show("checking", done, total))
     _print(report)
@@ -175,15 +201,35 @@ def check(
     typer.echo("no faults")
 
 
+@data.command()
+def card(
+    file: Annotated[Path, typer.Argument(help="A packed .npz file.")],
+    out: Annotated[Path | None, typer.Option(help="Write the card to this .json file, for --card or for a plan.")] = None,
+) -> None:
+    """Show what packing decided that must be equal on all devices: class names, scaling, rates, channels, tokenizer.
+
+    A coordinator compares it when the device checks in. Example: lamina data card examples.npz --out card.json
+    """
+    from lamina.data_card import load_card, shown_value
+    from lamina.files import write_durably
+
+    found = load_card(file)
+    for name, value in found.fields().items():
+        typer.echo(f"{name:<24} {shown_value(value)}")
+    typer.echo(f"{'sha256':<24} {found.sha256}")
+    if out is not None:
+        write_durably(out, found.to_json())
+
+
 _OPTIONS = (
     *("kind", "classes", "test_share", "all_train", "seed", "rename", "mean", "std", "fit", "rate", "window_ms", "hop_ms"),
     *("tokenizer", "captions", "images", "test_captions", "test_images", "caption", "max_faults"),
 )
 
 
-def _model(plan: Path) -> "ModelDescription":
+def _target(plan: Path) -> "Target":
     """The model that the data is for. A recipe's factories are called, which needs torch as `lamina export` does."""
-    from lamina.data.models import load_model
+    from lamina.data.models import load_target
 
     def call_factories(path: Path) -> "ModelDescription":
         try:
@@ -197,11 +243,22 @@ def _model(plan: Path) -> "ModelDescription":
         model: ModelDescription = resolve(str(path), check=False).plan.model
         return model
 
-    return load_model(plan, call_factories)
+    return load_target(plan, call_factories)
+
+
+def _wanted_card(file: Path | None, plan: Path, target: "Target") -> "tuple[DataCard | None, str]":
+    """What the data has to agree with, and where that stands."""
+    from lamina.data_card import load_card
+
+    if file is None:
+        return target.card, f"in {plan}"
+    return load_card(file), f"in {file}"
 
 
 def _options(
     model: "ModelDescription",
+    wanted: "tuple[DataCard | None, str]",
+    source: str,
     kind: str | None,
     classes: str | None,
     test_share: float | None,
@@ -210,11 +267,11 @@ def _options(
     rename: list[str] | None,
     mean: list[str] | None,
     std: list[str] | None,
-    fit: str,
-    rate: int,
-    window_ms: float,
-    hop_ms: float,
-    tokenizer: str,
+    fit: str | None,
+    rate: int | None,
+    window_ms: float | None,
+    hop_ms: float | None,
+    tokenizer: str | None,
     captions: Path | None,
     images: Path | None,
     test_captions: Path | None,
@@ -222,12 +279,15 @@ def _options(
     caption: str,
     max_faults: int,
 ) -> "Options":
-    """Raises ConfigError for values that are none of an option's, or options that exclude each other."""
+    """Options of the command, and those of the wanted card in place of what was not given.
+
+    Raises ConfigError for values that are none of an option's, or options that exclude each other.
+    """
     from typing import get_args
 
     from lamina.data.convert import IMAGES, Settings
     from lamina.data.image import Fit
-    from lamina.data.pack import Options
+    from lamina.data.pack import Options, card_of
     from lamina.data.sound import SoundSettings
     from lamina.data.sources import KINDS, SourceSettings
     from lamina.data.sources.coco import Caption as CaptionName
@@ -241,6 +301,11 @@ def _options(
     if unknown:
         raise ConfigError(f"--rename names {unknown[0]!r}; the model has {', '.join(model.modalities)}")
     pictures = [encoder.modality for encoder in model.encoders if encoder.input.kind in IMAGES]
+    card, card_words = wanted
+    before = card_of(source)
+    # What was packed before is scaled already, and has its names.
+    fill = _from_card(card if before is None else None)
+    has_names = before is not None and before.classes is not None
     return Options(
         kind=None if kind is None else _one_of(kind, KINDS, "--kind"),
         source=SourceSettings(
@@ -253,17 +318,49 @@ def _options(
             seed=seed,
         ),
         convert=Settings(
-            mean=_numbers(mean, pictures, "--mean"),
-            std=_numbers(std, pictures, "--std"),
-            fit=_one_of(fit, get_args(Fit), "--fit"),
-            sound=SoundSettings(rate, window_ms, hop_ms),
-            tokenizer=tokenizer,
+            mean=_scaling("mean", card, fill) | _numbers(mean, pictures, "--mean"),
+            std=_scaling("std", card, fill) | _numbers(std, pictures, "--std"),
+            fit=_one_of(fit or fill.get("fit", "stretch"), get_args(Fit), "--fit"),
+            sound=SoundSettings(
+                rate or fill.get("rate", 16000), window_ms or fill.get("window_ms", 25.0), hop_ms or fill.get("hop_ms", 10.0)
+            ),
+            tokenizer=_tokenizer(tokenizer or fill.get("tokenizer", "words"), card_words),
         ),
-        classes=classes,
+        classes=classes if classes is not None or has_names else _class_names(card, card_words),
         test_share=None if all_train else 0.2 if test_share is None else test_share,
         seed=seed,
         max_faults=max_faults,
+        card=card,
+        card_words=card_words,
     )
+
+
+def _from_card(card: "DataCard | None") -> "dict[str, Any]":
+    """How a card's values were made, of whatever modality."""
+    return {name: value for each in (card.modalities.values() if card else ()) for name, value in each if value is not None}
+
+
+def _scaling(name: str, card: "DataCard | None", fill: "dict[str, Any]") -> dict[str, tuple[float, ...]]:
+    """The means or the deviations of a card by modality; those that change nothing are left out."""
+    if card is None or name not in fill:
+        return {}
+    values = {modality: getattr(each, name) for modality, each in card.modalities.items()}
+    nothing = {1.0 if name == "std" else 0.0}
+    return {m: numbers for m, numbers in values.items() if isinstance(numbers, tuple) and set(numbers) != nothing}
+
+
+def _tokenizer(name: str, card_words: str) -> str:
+    if name.startswith("sha256:"):
+        raise ConfigError(f"the tokenizer {card_words} is a file with the hash {name[7:]}: give it as --tokenizer FILE")
+    return name
+
+
+def _class_names(card: "DataCard | None", card_words: str) -> tuple[str, ...] | None:
+    if card is None or card.classes is None:
+        return None
+    if isinstance(card.classes, str):
+        raise ConfigError(f"the class names {card_words} are too many for a card: give its .classes.txt as --classes FILE")
+    return card.classes
 
 
 def _one_of(value: str, known: tuple[T, ...], option: str) -> T:

@@ -2,24 +2,29 @@
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lamina.data.classes import listed
 from lamina.data.image import Fit, image_values, is_image, read_image
 from lamina.data.items import Array
 from lamina.data.sound import LogMel, SoundSettings, read_wav
 from lamina.data.tables import SUFFIXES, read_numbers, read_text
-from lamina.data.text import open_tokenizer
+from lamina.data.text import Tokenizer, open_tokenizer
+from lamina.data_card import MAX_NUMBERS, ModalityCard, numbers_field
 from lamina.errors import ConfigError, DataError
 from lamina.model import AnyEncoder, Input, TextTokens
 from lamina.names import MOST_INPUT
+from lamina.printable import printable
 
 IMAGES = ("image_patches", "image")
+_COLOURS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
+_PIXELS = ((0.0, 1.0), (0.0, 255.0), (-1.0, 1.0))
+"""Ranges of pixels in arrays, the first that holds them."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,10 @@ class Converter(ABC):
     @abstractmethod
     def __call__(self, value: Any) -> Array: ...
 
+    @abstractmethod
+    def card(self) -> ModalityCard:
+        """How the rows were made so far, as far as it is known."""
+
 
 def make_converter(encoder: AnyEncoder, settings: Settings) -> Converter:
     """The converter of a modality. Raises ConfigError for settings that do not fit it."""
@@ -60,7 +69,8 @@ class _Text(Converter):
     def __init__(self, form: TextTokens, settings: Settings) -> None:
         super().__init__(form.shape, np.int64)
         self._length, self._vocabulary = form.length, form.vocabulary
-        self._name, self._tokenize = settings.tokenizer, _lazily(settings.tokenizer, form.vocabulary)
+        self._name = settings.tokenizer
+        self._tokenizer: Tokenizer | None = None
 
     def __call__(self, value: Any) -> Array:
         if isinstance(value, Path):
@@ -69,7 +79,9 @@ class _Text(Converter):
         if isinstance(value, str):
             if not value.strip():
                 raise DataError("the text is empty")
-            ids = np.asarray(self._tokenize(value), np.int64)
+            # Opened with the first text: arrays of token ids need none, and no vocabulary that fits one.
+            self._tokenizer = self._tokenizer or open_tokenizer(self._name, self._vocabulary)
+            ids = np.asarray(self._tokenizer(value), np.int64)
             if not len(ids):
                 raise DataError(f"the text {value[:40]!r} has no tokens")
             self.seen[f"texts made into tokens by {self._name!r}"] += 1
@@ -84,17 +96,11 @@ class _Text(Converter):
         row[: len(ids)] = ids[: self._length]
         return row
 
-
-def _lazily(name: str, vocabulary: int) -> Callable[[str], list[int]]:
-    """Opens the tokenizer with the first text: arrays of token ids need none, and no vocabulary that fits one."""
-    opened: list[Callable[[str], list[int]]] = []
-
-    def tokenize(text: str) -> list[int]:
-        if not opened:
-            opened.append(open_tokenizer(name, vocabulary))
-        return opened[0](text)
-
-    return tokenize
+    def card(self) -> ModalityCard:
+        if self._tokenizer is None:
+            return ModalityCard(shape=self.shape)
+        known = self._tokenizer
+        return ModalityCard(shape=self.shape, tokenizer=known.name, vocabulary=known.size, tokens=known.first or None)
 
 
 class _Numbers(Converter):
@@ -111,17 +117,22 @@ class _Numbers(Converter):
         if not (self._std > 0).all():
             raise ConfigError(f"--std of {modality} must be above 0, given {settings.std[modality]}")
         self._is_scaled = modality in settings.mean or modality in settings.std
+        self._forms: set[Literal["image", "sound", "array"]] = set()
+        self._low, self._high = np.inf, -np.inf
+        self._columns: tuple[str, ...] = ()
 
     def __call__(self, value: Any) -> Array:
         if isinstance(value, str | Path):
             row = self._read(Path(value))
         elif is_image(value):
             row = image_values(value, self._image_shape("an image"), self._settings.fit)
+            self._forms.add("image")
         else:
             row = self._array(value)
         if not np.isfinite(row).all():
             place = tuple(int(i) for i in np.argwhere(~np.isfinite(row))[0])
             raise DataError(f"value {row[place]} at index {list(place)} is not finite")
+        self._low, self._high = min(self._low, float(row.min())), max(self._high, float(row.max()))
         if self._is_scaled:
             row = (row - self._mean) / self._std
         if not (np.abs(row) <= MOST_INPUT).all():
@@ -144,7 +155,9 @@ class _Numbers(Converter):
             return self._sound(path)
         if suffix in SUFFIXES:
             return self._table(path)
-        return read_image(path, self._image_shape(f"the file {path.name}"), self._settings.fit)
+        row = read_image(path, self._image_shape(f"the file {path.name}"), self._settings.fit)
+        self._forms.add("image")
+        return row
 
     def _image_shape(self, what: str) -> tuple[int, ...]:
         if not self._is_image:
@@ -160,6 +173,7 @@ class _Numbers(Converter):
             raise DataError(f"is a sound, but the model takes {self._kind} of shape {self.shape}")
         wanted = self._mel.samples if self._mel else self.shape[0]
         samples, there = read_wav(path, sound.rate, wanted)
+        self._forms.add("sound")
         seconds = wanted / sound.rate
         if there > wanted:
             self.seen[f"sounds longer than {seconds:.3g} s, cut"] += 1
@@ -169,7 +183,10 @@ class _Numbers(Converter):
 
     def _table(self, path: Path) -> NDArray[np.float32]:
         """A row for each sample and a column for each channel, turned for sensor windows."""
-        rows, _ = read_numbers(path)
+        rows, names = read_numbers(path)
+        if self._columns and names and names != self._columns:
+            raise DataError(f"has the columns {listed(names)}, the tables before it {listed(self._columns)}")
+        self._columns = self._columns or names
         return self._array(rows.T if self._kind == "sensor_windows" else rows.reshape(-1) if len(self.shape) == 1 else rows)
 
     def _array(self, value: Any) -> NDArray[np.float32]:
@@ -179,9 +196,37 @@ class _Numbers(Converter):
             if [n for n in array.shape if n != 1] != [n for n in self.shape if n != 1]:
                 raise DataError(f"has shape {array.shape}, the model takes {self.shape}{self._hint(array.shape)}")
             array = array.reshape(self.shape)
+        if array.dtype != np.uint8:
+            self._forms.add("array")
         scale = np.float32(255) if array.dtype == np.uint8 and self._is_image else np.float32(1)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is reported as such
             return array.astype(np.float32) / scale
+
+    def card(self) -> ModalityCard:
+        is_image, is_sound, sound = "image" in self._forms, "sound" in self._forms, self._settings.sound
+        values_range = self._range()
+        # Pixels in no range that pixels have were scaled before they came here, nobody knows how.
+        is_raw = not self._is_image or self._is_scaled or values_range is not None
+        channels = _COLOURS.get(self.shape[0]) if is_image else tuple(printable(name, 100).strip() for name in self._columns)
+        return ModalityCard(
+            shape=self.shape,
+            range=values_range,
+            mean=numbers_field(_given(self._mean)) if is_raw else None,
+            std=numbers_field(_given(self._std)) if is_raw else None,
+            channels=channels if channels and all(channels) and len(channels) <= MAX_NUMBERS else None,
+            fit=self._settings.fit if is_image else None,
+            rate=sound.rate if is_sound else None,
+            window_ms=sound.window_ms if self._mel else None,
+            hop_ms=sound.hop_ms if self._mel else None,
+        )
+
+    def _range(self) -> tuple[float, float] | None:
+        """What pixels and samples lie within before they are scaled; None for values of any other kind."""
+        if not self._is_image:
+            return (-1.0, 1.0) if self._forms == {"sound"} and not self._mel else None
+        if "array" not in self._forms:
+            return (0.0, 1.0)
+        return next((r for r in _PIXELS if r[0] <= self._low and self._high <= r[1]), None)
 
     def _hint(self, shape: tuple[int, ...]) -> str:
         if self._kind in IMAGES and len(shape) == 3 and (shape[2], *shape[:2]) == self.shape:
@@ -189,6 +234,11 @@ class _Numbers(Converter):
         if len(shape) == 2 and shape[::-1] == self.shape:
             return ": it is turned; use .T"
         return ""
+
+
+def _given(numbers: NDArray[np.float32]) -> list[float]:
+    """As the option had them: the shortest decimals of the float32 numbers."""
+    return [float(str(number)) for number in numbers.reshape(-1)]
 
 
 def _per_channel(option: str, name: str, given: tuple[float, ...], shape: tuple[int, ...], axis: int) -> NDArray[np.float32]:

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from lamina.bundle import MANIFEST
+from lamina.data_card import DataCard
 from lamina.errors import ConfigError
 from lamina.manifest import Manifest
 from lamina.model import ModelDescription
@@ -19,8 +21,16 @@ from lamina.split_manifest import SplitManifest
 CallFactories = Callable[[Path], ModelDescription]
 
 
-def load_model(path: Path, call_factories: CallFactories | None = None) -> ModelDescription:
-    """The model of a plan file, a bundle folder or a bundle's manifest.json, of split training too.
+@dataclass(frozen=True)
+class Target:
+    """The model that data is for, and what its plan says that the data of all devices has in common."""
+
+    model: ModelDescription
+    card: DataCard | None = None
+
+
+def load_target(path: Path, call_factories: CallFactories | None = None) -> Target:
+    """What a plan file, a bundle folder or a bundle's manifest.json says, of split training too.
 
     Only the manifest of a bundle is read, not its blobs. The shapes of one's own modules are known only where they are made: a
     recipe that names some is handed to `call_factories`. Raises ConfigError for anything else.
@@ -33,22 +43,27 @@ def load_model(path: Path, call_factories: CallFactories | None = None) -> Model
         return _of_manifest(path)
     values = parse_plan_file(path)
     if isinstance(values, dict) and "stages" not in values and isinstance(values.get("encoders"), list):
-        return SplitPlan.from_json(json.dumps(values), str(path)).model
+        return Target(SplitPlan.from_json(json.dumps(values), str(path)).model)
     plan = read_recipe(path)
     if isinstance(plan, Plan):
-        return plan.model
+        return Target(plan.model, plan.data_card)
     try:
         model = plan.family_model()
     except ValidationError as error:
         raise ConfigError(f"the model of {path}: {explain(error)}") from error
     if model is not None:
-        return model
+        return Target(model, plan.data_card)
     if call_factories is None:
         raise ConfigError(f"{path} does not say yet what shape an example has: give the bundle that `lamina export` made of it")
-    return call_factories(path)
+    return Target(call_factories(path), plan.data_card)
 
 
-def _of_manifest(path: Path) -> ModelDescription:
+def load_model(path: Path, call_factories: CallFactories | None = None) -> ModelDescription:
+    """The model of `load_target`."""
+    return load_target(path, call_factories).model
+
+
+def _of_manifest(path: Path) -> Target:
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -56,5 +71,6 @@ def _of_manifest(path: Path) -> ModelDescription:
     except ValueError as error:
         raise ConfigError(f"{path} is no manifest: {error}") from error
     if isinstance(values, dict) and values.get("kind") == "split":
-        return SplitManifest.from_file(path).plan.model
-    return Manifest.from_file(path).plan.model
+        return Target(SplitManifest.from_file(path).plan.model)
+    plan = Manifest.from_file(path).plan
+    return Target(plan.model, plan.data_card)

@@ -7,7 +7,7 @@ the first fault. One example is in memory at a time.
 from array import array
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lamina.data.classes import Classes, choose_classes, read_names
+from lamina.data.classes import Classes, choose_classes, listed, read_names
 from lamina.data.convert import Converter, Settings, make_converter
 from lamina.data.faults import Faults
 from lamina.data.items import Array, Item, Source
@@ -23,6 +23,7 @@ from lamina.data.sources import Kind, SourceSettings, find_kind, open_source
 from lamina.data.sources.arrays import ArraySource, is_packed
 from lamina.data.split import choose_test
 from lamina.data.writer import Writer
+from lamina.data_card import DataCard, classes_field, conflicts, describe_conflict, joined, read_card
 from lamina.errors import ConfigError, DataError
 from lamina.files import write_durably
 from lamina.model import ModelDescription
@@ -61,7 +62,10 @@ class Column:
 
 @dataclass
 class Report:
-    """What a source holds. `classes` maps each split to the number of examples of each class; empty without labels."""
+    """What a source holds. `classes` maps each split to the number of examples of each class; empty without labels.
+
+    `card` says how it was or would be packed. `is_packable` is False where a fault is one of the whole source.
+    """
 
     source: str
     columns: dict[str, Column]
@@ -71,12 +75,17 @@ class Report:
     classes: dict[str, list[int]] = field(default_factory=dict)
     names: tuple[str, ...] | None = None
     left_out: int = 0
+    card: DataCard | None = None
+    is_packable: bool = True
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything but source, model and target. `test_share` None makes all examples training examples."""
+    """Everything but source, model and target. `test_share` None makes all examples training examples.
+
+    `card` is what the source has to agree with, that of a plan or of another device; `card_words` say where it stands.
+    """
 
     kind: Kind | None = None
     source: SourceSettings = field(default_factory=SourceSettings)
@@ -85,6 +94,8 @@ class Options:
     test_share: float | None = 0.2
     seed: int = 0
     max_faults: int = 20
+    card: DataCard | None = None
+    card_words: str = "in the card that was given"
 
 
 def pack(
@@ -95,33 +106,32 @@ def pack(
     skip_bad: bool = False,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Report:
-    """Writes `out`, and `<out>.classes.txt` where labels are names. With `skip_bad`, faulty examples are left out.
+    """Writes `out` with its data card, and `<out>.classes.txt` where labels are names. With `skip_bad`, faulty ones are left
+    out.
 
     Raises DataError that lists the faults, and writes nothing, if there are any and `skip_bad` is not set, or if class names
-    cannot be put in order.
+    cannot be put in order or differ from those of `options.card`, or anything else does.
     """
     options = options or Options()
     kind = options.kind or find_kind(source, options.source)
-    scan = _Scan(open_source(source, kind, model, options.source), model, options)
+    scan = _Scan(open_source(source, kind, model, options.source), model, options, card_of(source))
     dtypes = {name: converter.dtype for name, converter in scan.converters.items()}
     shapes = {name: converter.shape for name, converter in scan.converters.items()}
     with Writer(out, dtypes, shapes) as writer:
         report = scan.run(on_progress, writer, skip_bad)
-        has_order = scan.classes is None or not scan.classes.mismatch
-        if report.faults.total and not (skip_bad and has_order):
+        if report.faults.total and not (skip_bad and report.is_packable):
             lines = "\n".join(f"  {line}" for line in report.faults.lines())
-            way_out = (
-                "mend them, or leave such examples out with --skip-bad"
-                if has_order
-                else "the first keeps all from being packed"
-            )
+            way_out = "mend them"
+            if report.is_packable:
+                way_out += ", or leave such examples out with --skip-bad"
             raise DataError(f"{source} has {report.faults.total} faults; {way_out}:\n{lines}")
         if not report.examples.get("train"):
             first = f"; the first fault: {report.faults.kept[0]}" if report.faults.kept else ""
             raise DataError(f"{source} has no good training example{first}")
         if scan.classes is not None and scan.classes.names:
             write_durably(classes_path(out), "".join(f"{name}\n" for name in scan.classes.names).encode())
-        writer.finish(scan.is_test, np.asarray(scan.labels, np.int64) if scan.classes is not None else None)
+        labels = np.asarray(scan.labels, np.int64) if scan.classes is not None else None
+        writer.finish(scan.is_test, labels, report.card)
     return report
 
 
@@ -135,9 +145,16 @@ def check(
     options = options or Options()
     if options.kind is None and is_packed(Path(source)):
         opened: Source = ArraySource(Path(source), model, options.source.names, is_strict=True)
+        options = replace(options, convert=Settings())
     else:
         opened = open_source(source, options.kind or find_kind(source, options.source), model, options.source)
-    return _Scan(opened, model, options).run(on_progress, None, skip_bad=False)
+    return _Scan(opened, model, options, card_of(source)).run(on_progress, None, skip_bad=False)
+
+
+def card_of(source: str) -> DataCard | None:
+    """The card of a source that was packed before; None for any other. Raises DataError for one that is damaged."""
+    path = Path(source)
+    return read_card(path) if path.suffix == ".npz" and path.is_file() else None
 
 
 def classes_path(out: Path) -> Path:
@@ -148,18 +165,26 @@ def classes_path(out: Path) -> Path:
 class _Scan:
     """One pass. After `run`: `labels` and `is_test` of the good examples, in order."""
 
-    def __init__(self, source: Source, model: ModelDescription, options: Options) -> None:
+    def __init__(self, source: Source, model: ModelDescription, options: Options, card: DataCard | None = None) -> None:
+        """`card` is that of the source, if it was packed before."""
         for option, given in (("--mean", options.convert.mean), ("--std", options.convert.std)):
             unknown = [name for name in given if name not in model.modalities]
             if unknown:
                 raise ConfigError(f"{option} names {unknown[0]!r}; the model has {', '.join(model.modalities)}")
-        self._source, self._options = source, options
+        self._source, self._options, self._card = source, options, card
         self.converters: dict[str, Converter] = {e.modality: make_converter(e, options.convert) for e in model.encoders}
         self.classes: Classes | None = None
         if model.labels is not None:
             names = options.classes
             if isinstance(names, str | Path):
                 names = read_names(names)
+            if card is not None and isinstance(card.classes, tuple):
+                if names not in (None, card.classes):
+                    raise DataError(
+                        f"{source.words} were packed with the class names {listed(card.classes)}, --classes says "
+                        f"{listed(names or ())}: pack what they were made of again"
+                    )
+                names = card.classes
             self.classes = choose_classes(model.labels, source.labels, names)
         self.labels = array("q")
         self.is_test: NDArray[np.bool_] = np.zeros(0, bool)
@@ -178,6 +203,7 @@ class _Scan:
         total, bad = self._source.count(), 0
         if self.classes is not None and self.classes.mismatch:
             faults.add(self._source.words, self.classes.mismatch)
+            report.is_packable = False
         for done, item in enumerate(self._source.items(faults), start=1):
             rows = self._take(item, faults, warnings)
             if rows is None:
@@ -192,7 +218,25 @@ class _Scan:
         report.left_out = bad + faults.items_left_out
         self._split()
         self._summarise(report)
+        report.card = self._make_card()
+        if self._options.card is not None:
+            mine, theirs = report.card.fields(), self._options.card.fields()
+            for name in conflicts(mine, theirs):
+                what = describe_conflict(name, mine[name], theirs[name], self._options.card_words)
+                faults.add(self._source.words, what)
+                report.is_packable = False
         return report
+
+    def _make_card(self) -> DataCard:
+        """What was decided here, and before where the source was packed already."""
+        before = self._card or DataCard()
+        own = self._options.source.names
+        cards = {
+            name: joined(converter.card(), before.modalities.get(own.get(name, name)))
+            for name, converter in self.converters.items()
+        }
+        names = self.classes.names if self.classes is not None and not self.classes.mismatch else None
+        return DataCard(classes=classes_field(names) if names else before.classes, modalities=cards)
 
     def _take(self, item: Item, faults: Faults, warnings: Faults) -> dict[str, Array] | None:
         """The rows of a good example, noted as such; None, and its faults, for another one."""

@@ -18,6 +18,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from lamina.data.items import Array
+from lamina.data_card import DataCard, as_comment
 from lamina.errors import ConfigError
 from lamina.files import move_durably, raise_if_full
 from lamina.names import LABEL
@@ -65,7 +66,7 @@ class Writer:
             raise_if_full(error, self._target)
             raise
 
-    def finish(self, is_test: NDArray[np.bool_], labels: NDArray[np.int64] | None) -> None:
+    def finish(self, is_test: NDArray[np.bool_], labels: NDArray[np.int64] | None, card: DataCard | None = None) -> None:
         """Makes the target of the rows, in their order. `is_test` and `labels` have one entry for each row."""
         partial = self._scratch / "archive"
         try:
@@ -81,6 +82,8 @@ class Writer:
                         if mask.any():
                             with _member(archive, f"{split}_{LABEL}", labels.dtype, (int(mask.sum()),)) as member:
                                 member.write(labels[mask].tobytes())
+                if card is not None:
+                    archive.comment = as_comment(card)
             with partial.open("rb") as written:
                 os.fsync(written.fileno())
             move_durably(partial, self._target)

@@ -50,7 +50,7 @@ def test_there_is_a_section_for_each_endpoint_and_no_other(coordinator: InProces
         if method != "HEAD"
     }
     titles = {title for title in sections(PROTOCOL, "##") if title.partition(" ")[0] in ("GET", "POST", "PUT")}
-    assert len(routes) == 12
+    assert len(routes) == 13
     assert titles == routes
 
 
@@ -62,7 +62,7 @@ def test_the_list_in_wire_py_has_the_same_endpoints(coordinator: InProcess) -> N
 
 
 def test_every_message_has_a_section() -> None:
-    assert len(MESSAGES) == 18
+    assert len(MESSAGES) == 19
     assert {message.__name__ for message in MESSAGES} == set(sections(PROTOCOL, "###"))
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from edge_client.data import LocalData
 from lamina.cli.main import app
+from lamina.data.pack import pack
 from tests.lamina.test_data_pack import write_plan
 from tests.lamina.trees import (
     MOTION,
@@ -50,6 +51,12 @@ def fresh_photos():
     return model
 
 
+def packed_photos():
+    model = fresh_photos()
+    pack("photos", model, Path("examples.npz"))
+    return model
+
+
 def scenes():
     for index in (1, 2):
         write_image(Path("scenes") / f"{index}.png", seed=index)
@@ -87,6 +94,7 @@ SETS = {
     "COCO captions": captions,
     "Class folders, such as ADVANCE": advance,
     "Labels and class names": photos,
+    "The data card": packed_photos,
 }
 
 
