@@ -7,7 +7,7 @@ from coordinator.cohort import count_here, is_here
 from coordinator.evaluating import awaited_evaluations
 from coordinator.house import House
 from coordinator.rounds import current_round, get_run, is_calibrated, places
-from coordinator.tables import CalibrationRow, DeviceRow, RoundRow, RunRow, UpdateRow
+from coordinator.tables import CalibrationRow, DeviceRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from lamina.bounds import MAX_SECONDS
 from lamina.wire import Awaited, DeviceList, DeviceState
 
@@ -22,9 +22,9 @@ def device_list(house: House, run_id: str) -> DeviceList:
         run = get_run(session, run_id)
         awaited = awaited_devices(house, session, run, now)
         here = set(session.scalars(select(DeviceRow.id).where(*is_here(house, run, now))))
-        rows = session.scalars(
-            select(DeviceRow).where(or_(DeviceRow.run_number == run.number, DeviceRow.id.in_(awaited)))
-        ).all()
+        took_part = select(PlaceRow.device_id).join(RoundRow).where(RoundRow.run_number == run.number)
+        known = or_(DeviceRow.run_number == run.number, DeviceRow.id.in_(took_part), DeviceRow.id.in_(awaited))
+        rows = session.scalars(select(DeviceRow).where(known)).all()
         # Whom the run waits for, the longest silent first; then the others, the last seen first.
         first = sorted((row for row in rows if row.id in awaited), key=lambda row: (row.seen_unix_seconds or 0.0, row.name))
         others = sorted(

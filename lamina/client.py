@@ -27,12 +27,13 @@ from lamina.connection import (
     refusal,
     refuse_compressed,
 )
-from lamina.errors import ConfigError, HashMismatchError, ProtocolError, UnreachableError
+from lamina.errors import ConfigError, HashMismatchError, ProtocolError, UnknownNameError, UnreachableError
 from lamina.files import move_durably, raise_if_full, write_durably
 from lamina.manifest import Manifest
 from lamina.printable import printable
+from lamina.record import Record
 from lamina.tensors import join_files
-from lamina.wire import SIGNATURE_HEADER, Published, RunList, RunStatus
+from lamina.wire import SIGNATURE_HEADER, DeviceList, Published, RunList, RunStatus
 
 TOKEN_VARIABLE = "LAMINA_TOKEN"
 _PIECE_BYTES = 1 << 20
@@ -63,6 +64,13 @@ def read_token(path: Path | None, environment: Mapping[str, str] = os.environ) -
     if not is_token(token):
         raise ConfigError(f"{source} holds no token: it has a space, a line break or a letter beyond ASCII, or is too long")
     return token
+
+
+class RunView(Record):
+    """What a user sees of a run."""
+
+    status: RunStatus
+    devices: DeviceList | None = None
 
 
 class Client:
@@ -98,6 +106,14 @@ class Client:
 
     def run(self, run: str) -> RunStatus:
         return parsed(RunStatus, self._send("GET", path_of("v1", "runs", run), most_bytes=MOST_STATUS_BYTES))
+
+    def view(self, run: str) -> RunView:
+        """A run with its devices; without them where the coordinator is older than this command."""
+        status = self.run(run)
+        try:
+            return RunView(status=status, devices=parsed(DeviceList, self._send("GET", path_of("v1", "runs", run, "devices"))))
+        except UnknownNameError:
+            return RunView(status=status)
 
     def save_blob(self, digest: str, path: Path) -> None:
         """Writes the bytes of a blob to a file, which is there whole or not at all.
