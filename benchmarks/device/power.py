@@ -6,6 +6,7 @@ Both count the whole module or package, idle current and other programs included
 import threading
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -95,7 +96,11 @@ class Sensors:
             return Energy(self._rapl.joules(begin, end), self._rapl.source)
         if self._tegra is None:
             return Energy(None, reason=self._reason)
-        points = [(at, sample.watts) for at, sample in self._tegra.between(begin, end)]
+        samples = self._tegra.between(begin, end)
+        # Of one set of rails, though a line may lack one: a board for a moment and its parts for another make no integral.
+        seen = Counter(sample.whole_rails for _, sample in samples if sample.rails).most_common(1)
+        rails = seen[0][0] if seen else ()
+        points = [(at, sample.watts_of(rails)) for at, sample in samples]
         known = [(at, watts) for at, watts in points if watts is not None]
         if len(known) < 2:
             if self._tegra.problem:
@@ -105,7 +110,6 @@ class Sensors:
             return Energy(None, reason=f"{end - begin:.2f} s is too short for samples every {INTERVAL_MILLISECONDS} ms")
         # The samples do not reach to the ends of the window: the mean power of what they span stands for all of it.
         watts = integrate(known) / (known[-1][0] - known[0][0])
-        rails = self._tegra.between(begin, end)[0][1].whole_rails
         return Energy(watts * (end - begin), f"tegrastats {' + '.join(rails)}")
 
     def load(self, begin: float, end: float) -> Load | None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,12 +28,13 @@ _CPU = re.compile(r"(?<!\w)cpu \[([^\]]*)\]", re.IGNORECASE)
 _GPU = re.compile(r"(?<!\w)GR3D(?:_FREQ)? (\d+)%")
 _TEMPERATURE = re.compile(r"(?<!\S)(\w+)@(-?\d+(?:\.\d+)?)C(?!\S)")
 # `NAME 900/943` (old), `NAME 900mW/943mW` (since L4T 32.6) or `NAME 900mW`; never `RAM 613/3964MB`.
-_RAIL = re.compile(r"(?<!\S)([A-Za-z]\w*) (\d+)(?:(?:mW)?/(\d+)(?:mW)?|mW)(?!\S)")
+# A sensor of no current may read a little below zero.
+_RAIL = re.compile(r"(?<!\S)([A-Za-z]\w*) (-?\d+)(?:(?:mW)?/(-?\d+)(?:mW)?|mW)(?!\S)")
 _POWERED_OFF_CELSIUS = -256.0
 _NOT_CONNECTED = "NC"
 
-# The rail that feeds the whole module, where there is one.
-_WHOLE = ("VDD_IN", "POM_5V_IN")
+# The rail that feeds the whole module, or, as VIN of AGX Thor, the whole board; the others are parts of it.
+_WHOLE = ("VDD_IN", "POM_5V_IN", "VIN")
 # AGX Orin has none. Its memory's rail is fed by VIN_SYS_5V0, so adding it would count it twice.
 _FED_BY_ANOTHER = {"VDDQ_VDD2_1V8AO": "VIN_SYS_5V0"}
 
@@ -60,7 +62,8 @@ class TegraSample:
 
     @property
     def whole_rails(self) -> tuple[str, ...]:
-        """The rails whose sum is the power of the whole module; empty if none are reported."""
+        """The rails whose sum is the power of the whole module, or of the board where that is measured; empty if none are
+        reported."""
         for name in _WHOLE:
             if name in self.rails:
                 return (name,)
@@ -68,9 +71,14 @@ class TegraSample:
 
     @property
     def watts(self) -> float | None:
-        """Power of the whole module."""
-        rails = self.whole_rails
-        return sum(self.rails[name].milliwatts for name in rails) / 1000 if rails else None
+        """Power of the `whole_rails`."""
+        return self.watts_of(self.whole_rails)
+
+    def watts_of(self, rails: Sequence[str]) -> float | None:
+        """The sum of these rails; None if one of them is not in the line, or if there are none."""
+        if not rails or not set(rails) <= self.rails.keys():
+            return None
+        return sum(self.rails[name].milliwatts for name in rails) / 1000
 
 
 def parse_line(line: str) -> TegraSample | None:

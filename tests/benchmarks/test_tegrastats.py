@@ -8,6 +8,7 @@ The lines are as their owners published them:
     TX2         gustavz/realtime_object_detection, issue #24
     NANO        DataDog/datadog-agent, test of the check for Jetsons (pkg/collector/corechecks/nvidia)
     TX1         hordiales/jetson-tx1-dev, SCRIPTS.md
+    AGX_THOR    its rails as the board prints them; the rest of the line is cut
 """
 
 import os
@@ -49,6 +50,10 @@ NANO = (
     "PLL@39C CPU@40.5C PMIC@100C GPU@41C AO@46C thermal@41C POM_5V_IN 900/943 POM_5V_GPU 0/0 POM_5V_CPU 123/123"
 )
 TX1 = "RAM 3607/3983MB (lfb 47x4MB) SWAP 873/8192MB (cached 281MB) cpu [17%,11%,65%,off]@1734 EMC 1%@1600 APE 25 GR3D 39%@76"
+AGX_THOR = (
+    "RAM 5000/125772MB (lfb 8x4MB) GR3D_FREQ 0% VDD_GPU 2350mW/2350mW VDD_CPU_SOC_MSS 6510mW/6510mW "
+    "VIN_SYS_5V0 6520mW/6520mW VIN 23000mW/23000mW"
+)
 MIB = 2**20
 
 
@@ -98,6 +103,35 @@ def test_nano_tx2_and_tx1() -> None:
     assert tx1.watts is None
 
 
+def test_agx_thor_reports_the_whole_board_on_vin_and_parts_are_not_added_to_it() -> None:
+    thor, without = parse_line(AGX_THOR), parse_line(AGX_THOR.replace("VIN 23000mW/23000mW", ""))
+
+    assert thor is not None and without is not None
+    assert thor.whole_rails == ("VIN",) and thor.watts == 23.0
+    assert without.whole_rails == ("VDD_GPU", "VDD_CPU_SOC_MSS", "VIN_SYS_5V0") and without.watts == pytest.approx(15.38)
+
+
+def test_a_rail_may_be_negative() -> None:
+    line = AGX_THOR.replace("VDD_GPU 2350mW/2350mW", "VDD_GPU -392mW/-392mW")
+    whole, parts = parse_line(line), parse_line(line.replace("VIN 23000mW/23000mW", ""))
+
+    assert whole is not None and parts is not None
+    assert whole.rails["VDD_GPU"] == Rail(-392, -392) and whole.watts == 23.0
+    assert parts.watts == pytest.approx((-392 + 6510 + 6520) / 1000)
+    old = parse_line("RAM 1/2MB GPU -5/463 CPU 618/618")
+    assert old is not None and old.watts == pytest.approx(0.613)
+
+
+@pytest.mark.parametrize("whole", ["VDD_IN", "POM_5V_IN", "VIN"])
+@pytest.mark.parametrize(
+    "parts", ["VDD_GPU 100mW/100mW VIN_SYS_5V0 300mW/300mW", "VIN_SYS_5V0 1mW VDDQ_VDD2_1V8AO 2mW NC 0mW/0mW"]
+)
+def test_no_part_is_added_to_a_rail_that_is_the_whole(whole: str, parts: str) -> None:
+    for line in (f"RAM 1/2MB {whole} 5000mW/5000mW {parts}", f"RAM 1/2MB {parts} {whole} 5000mW/5000mW"):
+        sample = parse_line(line)
+        assert sample is not None and sample.whole_rails == (whole,) and sample.watts == 5.0
+
+
 def test_unknown_fields_and_cut_lines_are_passed_over() -> None:
     odd = parse_line("RAM 10/20GB NEW [x] VDD_IN 5W/6W VDD_CPU 100mW FUTURE@12 GR3D_FREQ")
 
@@ -106,6 +140,19 @@ def test_unknown_fields_and_cut_lines_are_passed_over() -> None:
     assert odd.rails == {"VDD_CPU": Rail(100, None)}
     assert parse_line("") is None
     assert parse_line("SRAM 1/2MB") is None
+
+
+def test_a_line_without_the_whole_rail_is_left_out_of_the_energy() -> None:
+    """The parts of the board are no stand-in for it: the window would be of two things."""
+    sensors = Sensors()
+    sensors._tegra = Tegrastats("tegrastats")
+    lines = [AGX_THOR, AGX_THOR.replace("VIN 23000mW/23000mW", ""), AGX_THOR]
+    sensors._tegra.samples = [(float(at), sample) for at, line in enumerate(lines) if (sample := parse_line(line))]
+
+    for begin in (0.0, 1.0):
+        energy = sensors.energy(begin, 2.0)
+        assert energy.joules == (46.0 if begin == 0 else None)
+    assert sensors.energy(0.0, 2.0).source == "tegrastats VIN"
 
 
 def test_energy_is_the_area_under_the_power() -> None:
