@@ -22,8 +22,12 @@ def federated_run(
     folder: Path,
     join_options: Sequence[str] = (),
     timeout_seconds: float = 3600,
+    weights: Path | None = None,
 ) -> tuple[Manifest, RunStatus]:
-    """Exports the plan and trains it to the end. Raises LaminaError if a process ends early or time is up."""
+    """Exports the plan and trains it to the end. The folder `weights` gets the final ones, as `lamina pull` writes them.
+
+    Raises LaminaError if a process ends early or time is up.
+    """
     bundle = folder / "bundle"
     manifest = export_bundle(plan, bundle, tuple(dict.fromkeys(engines)))
     with Processes(folder / "logs") as processes:
@@ -44,4 +48,6 @@ def federated_run(
                 if time.monotonic() > end:
                     raise LaminaError(f"{plan.name} was not finished within {timeout_seconds:.0f} s; logs: {folder / 'logs'}")
                 time.sleep(_POLL_SECONDS)
+            if weights is not None:
+                client.pull_weights(status, weights)
             return manifest, status

@@ -81,7 +81,7 @@ def assemble(
     """
     description = attached_model(manifest.plan)
     whole = _with_layers(model, description) if model is not None else build_model(description, manifest.plan.seed)
-    _load(whole, description, weights)
+    load_weights(whole, description, weights)
     network = _Network(whole, description)
     specs = tuple(raw_input(encoder) for encoder in description.encoders)
     max_batch = manifest.plan.training.batch_size
@@ -174,7 +174,8 @@ def _with_layers(model: nn.Module, description: ModelDescription) -> nn.Module:
     return copy
 
 
-def _load(model: nn.Module, description: ModelDescription, weights: Mapping[str, Mapping[str, Float32]]) -> None:
+def load_weights(model: nn.Module, description: ModelDescription, weights: Mapping[str, Mapping[str, Float32]]) -> None:
+    """Puts weights (segment -> tensor name -> array) into a model. Raises TensorFileError for those of another one."""
     for name, module in find_segments(model, description).items():
         own = in_order(module)
         given = weights.get(name)

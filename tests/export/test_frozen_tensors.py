@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from export.assemble import assemble, load_weights
 from export.bundle import export_bundle
 from export.cut import find_segments
+from export.models import build_model
 from export.parameters import frozen, trained
 from export.recipe import resolve
 from export.report import plan_costs
@@ -71,6 +73,21 @@ def test_they_are_in_no_gradient_no_update_and_no_count_of_active_parameters(lor
     assert report.stages[1].with_heads.prefix_bytes_down == second.frozen_bytes
     assert report.stages[1].with_heads.round_bytes_down == second.round_bytes_down
     assert report.stages[0].with_heads.new_prefix_bytes_down == manifest.stages[0].cost.frozen_bytes  # fetched once
+
+
+def test_assembling_gives_the_factorys_frozen_tensors_to_the_bit(lora, tmp_path):
+    """Those of the weights, as `lamina pull` writes them, or else the model's own."""
+    _, resolved, manifest = lora
+    segments = resolved.model.segments()
+    pulled = {name: {k: v.detach().numpy() + v.requires_grad for k, v in m.named_parameters()} for name, m in segments.items()}
+    without = {name: {key: pulled[name][key] for key in trained(module)} for name, module in segments.items()}
+    made = assemble(manifest, pulled, tmp_path / "model")
+    state = torch.load(made.state_dict)
+    again = build_model(manifest.plan.model, manifest.plan.seed)
+    load_weights(again, manifest.plan.model, without)
+    for name, value in resolved.model.named_parameters():
+        assert torch.equal(state[name], value + value.requires_grad)
+        assert torch.equal(again.state_dict()[name], state[name])
 
 
 def test_equal_layers_of_which_other_parts_are_frozen_have_programs_of_their_own(tmp_path, program_cache):
