@@ -9,8 +9,9 @@ from starlette.concurrency import run_in_threadpool
 
 from coordinator.incoming import Incoming
 from lamina.compression import Compression
+from lamina.digests import CONTENT_DIGEST
 from lamina.errors import ProtocolError, TooLargeError
-from lamina.wire import DIGEST_HEADER, MAX_JSON_BYTES
+from lamina.wire import MAX_JSON_BYTES
 
 _WRITE_BYTES = 1 << 20  # collected before a write: one hop to a thread per MiB instead of one per network packet
 _DIGEST = re.compile(r"sha-256=:([A-Za-z0-9+/=]+):")
@@ -68,12 +69,12 @@ def content_compression(request: Request) -> Compression:
 
 def content_digest(request: Request) -> str:
     """The sha256 of the Content-Digest header as 64 hex digits. Raises ProtocolError if it is missing or malformed."""
-    text = request.headers.get(DIGEST_HEADER, "")
+    text = request.headers.get(CONTENT_DIGEST, "")
     match = _DIGEST.fullmatch(text.strip())
     try:
         raw = base64.b64decode(match.group(1), validate=True) if match else b""
     except binascii.Error:
         raw = b""
     if len(raw) != 32:
-        raise ProtocolError(f"{DIGEST_HEADER} must be `sha-256=:<base64 of 32 bytes>:`, given {text[:80]!r}")
+        raise ProtocolError(f"{CONTENT_DIGEST} must be `sha-256=:<base64 of 32 bytes>:`, given {text[:80]!r}")
     return raw.hex()

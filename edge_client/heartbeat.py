@@ -95,6 +95,8 @@ def _ask(heartbeat: Heartbeat) -> Any:
     from urllib.error import HTTPError
     from urllib.request import HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
+    from lamina.digests import CONTENT_DIGEST, REQUEST_DIGEST, content_digest, request_digest
+
     class Stays(HTTPRedirectHandler):
         """The request carries the device's token: it goes to the coordinator and to nobody else."""
 
@@ -111,15 +113,21 @@ def _ask(heartbeat: Heartbeat) -> Any:
         raise OSError(error.message) from error
     token = json.loads(Path(heartbeat.token_file).read_bytes())["device_token"]
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "Accept-Encoding": "identity"}
+    question = heartbeat.body.encode()
+    headers[CONTENT_DIGEST] = content_digest(question)
+    headers[REQUEST_DIGEST] = request_digest("POST", heartbeat.url[heartbeat.url.rindex("/v1/") :], headers)
     try:
-        request = Request(heartbeat.url, heartbeat.body.encode(), headers, method="POST")
+        request = Request(heartbeat.url, question, headers, method="POST")
         with build_opener(*handlers).open(request, timeout=20) as response:
             body = response.read(_MOST_BYTES + 1)
+            digest = response.headers.get(CONTENT_DIGEST)
     except HTTPError as error:
         error.close()
         raise OSError(f"status {error.code}") from error
     if len(body) > _MOST_BYTES:
         raise OSError(f"an answer of more than {_MOST_BYTES} bytes")
+    if digest not in (None, content_digest(body)):
+        raise OSError("an answer that was damaged on its way")
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:

@@ -6,9 +6,7 @@ code against a function or against the coordinator in its own process.
 
 import random
 import time
-from base64 import b64encode
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -30,6 +28,7 @@ from lamina.connection import (
     refusal,
     refuse_compressed,
 )
+from lamina.digests import CONTENT_DIGEST, content_digest, written
 from lamina.errors import (
     HashMismatchError,
     ProtocolError,
@@ -42,7 +41,6 @@ from lamina.printable import printable
 from lamina.signing import parse_signature
 from lamina.wire import (
     CHECK_IN_ANSWER,
-    DIGEST_HEADER,
     REPORT_HEADER,
     Accepted,
     Assignment,
@@ -70,6 +68,7 @@ _PROGRESS_BYTES = 4096
 """So many new bytes of a download are a success, after which patience begins anew."""
 _DAMAGED_TRIES = 4
 _MALFORMED_TRIES = 5
+_UNCLEAR_TRIES = 4
 
 
 class _BusyError(Exception):
@@ -88,7 +87,7 @@ class _DamagedError(Exception):
         self.refusal = refusal
 
 
-_Trouble = httpx.TransportError | _BusyError | _DamagedError
+_Trouble = httpx.TransportError | _BusyError | _DamagedError | ProtocolError
 
 
 class Transport:
@@ -258,14 +257,14 @@ class Transport:
         most_bytes: int = MAX_ANSWER_BYTES,
     ) -> Answer:
         if isinstance(body, Path):
-            digest, length = bytes.fromhex(hash_file(body)), body.stat().st_size
+            digest, length = written(hash_file(body)), body.stat().st_size
         else:
-            digest, length = sha256(body).digest(), len(body)
+            digest, length = content_digest(body), len(body)
         everything = {
             **bearer(self.token if token is None else token),
             "Content-Type": "application/json",
             "Content-Length": str(length),
-            DIGEST_HEADER: f"sha-256=:{b64encode(digest).decode()}:",
+            CONTENT_DIGEST: digest,
             **(headers or {}),
         }
 
@@ -284,7 +283,7 @@ class Transport:
         """Tries until it succeeds. Trouble that would be the same the next time ends it earlier than patience does."""
         where = self.url + self._connection.way
         patience = _Patience(what, where, self._patience_seconds, self._say, self.clock, self.sleep, self.uniform)
-        damaged = malformed = 0
+        damaged = malformed = unclear = 0
         while True:
             try:
                 return attempt(patience)
@@ -295,6 +294,12 @@ class Transport:
                         f"{what}: it was damaged on its way to {where} {damaged} times ({error.refusal.message}); something "
                         "between alters it. Run the same command again: what was to be sent is kept"
                     ) from error
+                patience.wait(error)
+            except ProtocolError as error:
+                # What one side does not understand may be what a bad network made of it; a refusal that has a code is clear.
+                unclear += 1
+                if type(error) is not ProtocolError or unclear == _UNCLEAR_TRIES:
+                    raise
                 patience.wait(error)
             except (httpx.TransportError, _BusyError) as error:
                 if isinstance(error, httpx.TransportError) and not is_cut(error):

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from pydantic import TypeAdapter, ValidationError
 
 from lamina.address import coordinator_address, proxy_of, tls_context
+from lamina.digests import CONTENT_DIGEST, REQUEST_DIGEST, content_digest, request_digest
 from lamina.errors import ConfigError, LaminaError, ProtocolError, TlsError, all_errors
 from lamina.light_imports import hidden
 from lamina.printable import printable
@@ -90,10 +91,15 @@ class Connection:
     def open(self, method: str, path: str, body: Body | None, headers: Mapping[str, str]) -> Iterator[httpx.Response]:
         """The answer with its body unread.
 
+        The request brings digests of its head and, where that is known beforehand, of its body (`lamina.digests`).
         Raises httpx.TransportError for trouble that may pass; ConfigError, TlsError or ProtocolError for what never does.
         """
+        sent = dict(headers)
+        if isinstance(body, bytes):
+            sent.setdefault(CONTENT_DIGEST, content_digest(body))
+        sent[REQUEST_DIGEST] = request_digest(method, path, sent)
         try:
-            with self._http.stream(method, path, content=body, headers=dict(headers)) as response:
+            with self._http.stream(method, path, content=body, headers=sent) as response:
                 yield response
         except httpx.LocalProtocolError as error:  # its text quotes the header, which may hold a token
             raise ProtocolError(
@@ -116,7 +122,7 @@ class Connection:
             return self.read(response, most_bytes)
 
     def read(self, response: httpx.Response, most_bytes: int = MAX_ANSWER_BYTES) -> Answer:
-        """The rest of an opened answer. Raises httpx.ReadTimeout for one that drips."""
+        """The rest of an opened answer. Raises httpx.ReadTimeout for one that drips, ProtocolError for one that was damaged."""
         question = f"{response.request.method} {self.url}{printable(response.request.url.path)}"
         refuse_compressed(response, question)
         too_long = ProtocolError(f"the answer to {question}{self.way} is longer than the {most_bytes} bytes that it may have")
@@ -129,6 +135,10 @@ class Connection:
             content += piece
             if self._clock() > end:
                 raise httpx.ReadTimeout(f"the answer did not end within {_ANSWER_SECONDS:.0f} s")
+        if response.headers.get(CONTENT_DIGEST, digest := content_digest(content)) != digest:
+            raise ProtocolError(
+                f"the answer to {question}{self.way} was damaged on its way: it has another digest than it says"
+            )
         return Answer(question, self.way, response.status_code, response.headers, bytes(content))
 
     def _raise_if_lasting(self, error: httpx.ConnectError) -> None:

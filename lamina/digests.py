@@ -16,7 +16,7 @@ COVERED = ("Authorization", CONTENT_DIGEST, "Content-Encoding", "Lamina-Report",
 """The headers that a request digest covers, in this order; one that is absent counts as empty."""
 
 
-def content_digest(body: bytes) -> str:
+def content_digest(body: bytes | bytearray) -> str:
     return _written(sha256(body).digest())
 
 

@@ -48,8 +48,6 @@ REPORT_HEADER = "Lamina-Report"
 """Header of an update: the TrainReport as JSON in ASCII."""
 SIGNATURE_HEADER = "Lamina-Signature"
 """Header of a manifest that is published: its Signature as JSON in ASCII."""
-DIGEST_HEADER = "Content-Digest"
-"""Header of every upload body: `sha-256=:<base64>:` (RFC 9530)."""
 MAX_JSON_BYTES = 16 << 20
 """What a manifest may have."""
 MAX_WAIT_SECONDS = 86400.0

@@ -11,10 +11,11 @@ from coordinator.losses import MAX_EXAMPLES
 from coordinator.problems import STATUS_OF_CODE, TITLES
 from coordinator.updates import MAX_DIFFERENCE
 from lamina import wire
+from lamina.digests import CONTENT_DIGEST
 from lamina.errors import all_errors
 from lamina.record import Record
 from lamina.signing import signed_message
-from lamina.wire import DIGEST_HEADER, MAX_JSON_BYTES, REPORT_HEADER, SIGNATURE_HEADER
+from lamina.wire import MAX_JSON_BYTES, REPORT_HEADER, SIGNATURE_HEADER
 
 DOCS = Path(__file__).parents[2] / "docs"
 PROTOCOL = (DOCS / "protocol.md").read_text()
@@ -97,7 +98,7 @@ def test_the_numbers_and_headers_are_those_of_the_code() -> None:
     assert MAX_JSON_BYTES == 16 << 20 and "16 MiB" in PROTOCOL
     assert MAX_DIFFERENCE == 1e4 and "beyond 1e4" in PROTOCOL and "beyond 1e4" in ERRORS
     assert MAX_EXAMPLES == 2**24 and "1 to 2^24" in PROTOCOL
-    assert f"`{DIGEST_HEADER}: sha-256=" in PROTOCOL and f"`{REPORT_HEADER}`" in PROTOCOL
+    assert f"`{CONTENT_DIGEST}: sha-256=" in PROTOCOL and f"`{REPORT_HEADER}`" in PROTOCOL
     assert f"`{SIGNATURE_HEADER}`" in PROTOCOL and b"lamina bundle v1\0" + bytes(32) == signed_message("00" * 32)
 
 

@@ -19,6 +19,7 @@ from edge_client.job import Heartbeat
 from edge_client.transport import Transport
 from lamina.address import coordinator_address, proxy_of
 from lamina.client import Client, read_token
+from lamina.digests import CONTENT_DIGEST, REQUEST_DIGEST, content_digest, request_digest
 from lamina.errors import ConfigError, HashMismatchError, ProtocolError, TlsError, UnreachableError
 from lamina.tensors import hash_bytes
 from lamina.wire import CheckIn, Enrolment, Wait
@@ -112,7 +113,7 @@ def test_a_redirect_is_named_and_no_token_follows_it(tmp_path, status):
                 client.runs()
             with pytest.raises(OSError, match=f"status {status[:3]}"):
                 check_in(heartbeat_to(server, tmp_path))
-            assert len(server.heads) == 4
+            assert len(server.heads) == 4 + 4 + 1 + 1  # a device asks again before it believes that
         assert other.heads == []
 
 
@@ -136,7 +137,7 @@ def test_a_blob_answered_with_something_else_is_a_protocol_error(tmp_path, reply
     with hostile(lambda path: [reply]) as server, device(server) as transport:
         with pytest.raises(ProtocolError):
             transport.download(DIGEST, tmp_path / "blob")
-        assert len(server.heads) == 1
+        assert len(server.heads) <= 4
 
 
 def test_a_blob_that_says_it_is_longer_than_it_can_be_is_refused_before_a_byte_is_kept(tmp_path):
@@ -473,3 +474,46 @@ def test_a_heartbeat_that_drips_does_not_hold_training_up(tmp_path, monkeypatch)
         with pytest.raises(OSError, match="no answer within"):
             check_in(heartbeat_to(server, tmp_path))
         assert time.monotonic() - started < 5
+
+
+def test_an_answer_that_was_damaged_once_is_asked_for_again():
+    """Each part of an answer in turn: its body, its status, its digest."""
+    good = json.dumps({"kind": "wait", "reason": "round", "detail": "x", "wait_seconds_min": 1, "wait_seconds_max": 2}).encode()
+    right = http(good, Content_Digest=content_digest(good))
+    for damaged in (
+        http(good.replace(b'"x"', b'"y"'), Content_Digest=content_digest(good)),
+        right.replace(b"200 OK", b"300 OK"),
+        right.replace(b"200 OK", b"204 OK"),
+        http(good, Content_Digest=content_digest(b"")),
+        b"HTTP/1.1 400 Bad Request\r\nContent-Length: 31\r\n\r\nInvalid HTTP request received.\r\n",  # of the question
+    ):
+        replies = [[right], [damaged]]
+        with hostile(lambda path, replies=replies: replies.pop()) as server, device(server) as transport:
+            assert transport.check_in(CHECK_IN).detail == "x", damaged
+            assert len(server.heads) == 2
+
+
+def test_an_answer_that_is_always_damaged_is_named_as_such():
+    with hostile(lambda path: [http(b"{}", Content_Digest=content_digest(b"other"))]) as server, device(server) as transport:
+        with pytest.raises(ProtocolError, match="was damaged on its way"):
+            transport.check_in(CHECK_IN)
+        assert len(server.heads) == 4
+
+
+def test_requests_and_heartbeats_bring_digests_that_the_coordinator_checks(tmp_path):
+    def fits(head):
+        lines = [line.partition(": ") for line in head.split("\r\n")[1:]]
+        headers = {name.title(): value for name, _, value in lines}
+        return headers[REQUEST_DIGEST] == request_digest(*head.split(" ")[:2], headers) and CONTENT_DIGEST in headers
+
+    with hostile(lambda path: [http(b"{}")]) as server:
+        with device(server) as transport, pytest.raises(ProtocolError):
+            transport.check_in(CHECK_IN)
+        check_in(heartbeat_to(server, tmp_path))
+        assert len(server.heads) == 2 and all(fits(head) for head in server.heads)
+
+
+def test_a_heartbeat_does_not_believe_a_damaged_answer(tmp_path):
+    reply = http(b'{"kind": "wait"}', Content_Digest=content_digest(b"{}"))
+    with hostile(lambda path: [reply]) as server, pytest.raises(OSError, match="damaged on its way"):
+        check_in(heartbeat_to(server, tmp_path))

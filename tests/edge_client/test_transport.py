@@ -142,7 +142,6 @@ def test_a_coordinator_whose_disk_stays_full_is_named_as_such(connect):
         ("not-enrolled", 401, NotEnrolledError),
         ("unknown-name", 404, UnknownNameError),
         ("round-closed", 409, RoundClosedError),
-        ("a-code-of-the-future", 418, ProtocolError),
     ],
 )
 def test_a_refusal_becomes_the_error_of_its_code_at_once(connect, clock, code, status, error):
@@ -150,6 +149,12 @@ def test_a_refusal_becomes_the_error_of_its_code_at_once(connect, clock, code, s
         connect(scripted(problem(code, status, "what was wrong"))).check_in(CHECK_IN)
     assert type(caught.value) is error
     assert clock.pauses == []
+
+
+def test_a_refusal_that_is_not_understood_is_asked_for_again_before_it_is_believed(connect, clock):
+    with pytest.raises(ProtocolError, match="what was wrong"):
+        connect(scripted(problem("a-code-of-the-future", 418, "what was wrong"))).check_in(CHECK_IN)
+    assert len(clock.pauses) == 3
 
 
 def test_an_answer_that_is_no_problem_document_is_shown(connect):

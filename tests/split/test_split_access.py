@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from lamina.bundle import MANIFEST
+from lamina.digests import CONTENT_DIGEST
 from lamina.errors import ConfigError
 from lamina.split import FUSION, LOGITS, task_adapter
 from lamina.split_bodies import pack, unpack
 from lamina.split_manifest import SplitManifest
 from lamina.split_wire import SplitCheckIn, SplitReport, features_down, features_up, gradients_up
-from lamina.wire import DIGEST_HEADER, REPORT_HEADER, Enrolment
+from lamina.wire import REPORT_HEADER, Enrolment
 from tests.split.house import Loopback, loopback, varied
 
 FACTS = SplitCheckIn(engine="onnxruntime", modalities=("audio", "image"), train_examples=8, test_examples=0)
@@ -37,7 +38,7 @@ class User:
 
     def send(self, method: str, path: str, body: bytes, token: str | None = None, **headers: str) -> httpx.Response:
         digest = f"sha-256=:{b64encode(sha256(body).digest()).decode()}:"
-        given = {"Authorization": f"Bearer {token or self.token}", DIGEST_HEADER: digest} | headers
+        given = {"Authorization": f"Bearer {token or self.token}", CONTENT_DIGEST: digest} | headers
         return self._http.request(method, path, content=body, headers=given)
 
     def close(self) -> None:
@@ -141,7 +142,7 @@ def test_bad_activations_are_refused_and_the_turn_goes_on(two: tuple) -> None:
         assert user.step("features", 0, body, examples=examples).status_code in (409, 422), examples
     assert _problem(user.step("features", 0, b"\0" * (1 << 20)))[0] == 413
     wrong = f"sha-256=:{b64encode(sha256(b'other').digest()).decode()}:"
-    assert _problem(user.step("features", 0, body, **{DIGEST_HEADER: wrong}))[1] == "hash-mismatch"
+    assert _problem(user.step("features", 0, body, **{CONTENT_DIGEST: wrong}))[1] == "hash-mismatch"
     huge = {name: np.full_like(value, 3e38) for name, value in good.items()}
     assert _problem(user.step("features", 0, pack(huge, "fp32")))[1] == "update-rejected"
     assert user.step("features", 0, body).status_code == 200
