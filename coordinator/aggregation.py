@@ -6,6 +6,8 @@ transaction that also names the new weights.
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sqlalchemy import select
 
@@ -17,6 +19,7 @@ from coordinator.house import House
 from coordinator.modalities import from_text
 from coordinator.rounds import advance, fail
 from coordinator.tables import RoundRow, RunRow, UpdateRow
+from coordinator.updates import check_accepted
 from coordinator.weights import name_weights, put_segments, read_weights
 from lamina.errors import LaminaError, StoreError
 from lamina.files import raise_if_full
@@ -51,6 +54,12 @@ class Aggregator:
                 self._attempt(*work)
         finally:
             self._busy.release()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is aggregated within the block; it begins when what is under way is done."""
+        with self._busy:
+            yield
 
     def _due(self) -> set[tuple[str, int]]:
         """What is to be done, and for which round (by row id)."""
@@ -96,7 +105,7 @@ def fail_round(house: House, round_id: int, reason: str) -> None:
         row = session.get_one(RoundRow, round_id)
         run = session.get_one(RunRow, row.run_number)
         if not run.has_ended:
-            fail(session, run, f"round {row.round} of stage {row.stage}: {reason}", now)
+            fail(house, session, run, f"round {row.round} of stage {row.stage}: {reason}", now)
 
 
 def aggregate_round(house: House, round_id: int) -> None:
@@ -120,6 +129,8 @@ def aggregate_round(house: House, round_id: int) -> None:
             )
             for update, counted in zip(updates, count_within_bounds(manifest.plan.cohort, sizes), strict=True)
         ]
+    for contribution in contributions:
+        check_accepted(contribution.path, contribution.content_sha256, contribution.specs or manifest.exchange_specs(stage))
     trained = {name for modalities in sets.values() for name in manifest.exchange(stage, modalities)}
     new = weighted_mean(start, contributions, manifest.exchange_specs(stage), manifest.plan.server_learning_rate)
     blobs = put_segments(house, manifest, sorted(trained), new)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
-from fastapi import BackgroundTasks, Depends, FastAPI, Header, Path, Request, Response
+from fastapi import BackgroundTasks, Depends, FastAPI, Header, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from coordinator import (
@@ -15,6 +15,8 @@ from coordinator import (
     devices,
     downloads,
     evaluations,
+    history,
+    operating,
     publish,
     roster,
     rounds,
@@ -37,9 +39,21 @@ from lamina.bounds import MAX_COUNT
 from lamina.errors import ProtocolError
 from lamina.record import Record
 from lamina.tensors import max_file_bytes
-from lamina.wire import REPORT_HEADER, SIGNATURE_HEADER, Accepted, CheckIn, Enrolment, Evaluation, Refused, TrainReport
+from lamina.wire import (
+    REPORT_HEADER,
+    SIGNATURE_HEADER,
+    Accepted,
+    CheckIn,
+    Enrolment,
+    Evaluation,
+    NewName,
+    Refused,
+    RunCommand,
+    TrainReport,
+)
 
 Authorization = Annotated[str | None, Header()]
+Most = Annotated[int, Query(ge=1, le=10_000)]
 Index = Annotated[int, Path(ge=0, le=MAX_COUNT)]
 
 
@@ -96,6 +110,35 @@ def create_app(
     def enrol(is_trusted: Enroller, body: Json) -> Response:
         enrolled, is_new = devices.enrol(house, Enrolment.from_json(body, "the enrolment"), is_trusted)
         return _json(enrolled, 201 if is_new else 200)
+
+    @app.get("/v1/devices")
+    def list_devices(_: Admin) -> Response:
+        return _json(devices.list_devices(house))
+
+    @app.post("/v1/devices/{name}/removal")
+    def remove_device(_: Admin, name: str, request: Request, later: BackgroundTasks) -> Response:
+        later.add_task(aggregator.run_due)
+        return _json(devices.remove_device(house, name, _who(request)))
+
+    @app.post("/v1/devices/{name}/name")
+    def rename_device(_: Admin, name: str, body: Json, request: Request) -> Response:
+        new = NewName.from_json(body, "the new name")
+        return _json(devices.rename_device(house, name, new.name, _who(request)))
+
+    @app.get("/v1/history")
+    def get_history(_: Admin, most: Most = 1000) -> Response:
+        return _json(history.read_history(house, None, most))
+
+    @app.get("/v1/runs/{run}/history")
+    def get_history_of_run(_: Admin, run: str, most: Most = 1000) -> Response:
+        return _json(history.read_history(house, run, most))
+
+    @app.post("/v1/runs/{run}/commands")
+    def command_run(_: Admin, run: str, body: Json, request: Request, later: BackgroundTasks) -> Response:
+        later.add_task(aggregator.run_due)
+        command = RunCommand.from_json(body, "the command")
+        with aggregator.paused():
+            return _json(operating.operate(house, run, command, _who(request)))
 
     @app.post("/v1/check-in")
     def ask_for_work(device: Device, body: Json, later: BackgroundTasks) -> Response:
@@ -183,6 +226,11 @@ async def _receive_update(house: House, address: Address, request: Request) -> A
 
 def _json(record: Record, status_code: int = 200) -> Response:
     return Response(record.model_dump_json(), status_code, media_type="application/json")
+
+
+def _who(request: Request) -> str:
+    """The operator, as far as one can tell: the admin's token, and where it came from."""
+    return f"admin token from {request.client.host}" if request.client else "admin token"
 
 
 def _train_report(request: Request) -> TrainReport:

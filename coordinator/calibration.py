@@ -19,6 +19,7 @@ from coordinator.house import House
 from coordinator.rounds import advance
 from coordinator.tables import CalibrationRow, RoundRow, RunRow
 from coordinator.terms import Terms
+from coordinator.updates import check_accepted
 from coordinator.weights import name_weights, put_segments, read_weights
 from lamina.manifest import EngineName, Manifest
 
@@ -86,6 +87,7 @@ def apply_calibration(house: House, round_id: int) -> None:
         start = read_weights(house, session, run, names)
         content = session.get_one(CalibrationRow, round_id).content_sha256 or ""
     path = house.calibration_file(round_id)
+    check_accepted(path, content, manifest.specs(names))
     new = weighted_mean(start, [Contribution(content, 1, path)], manifest.specs(names))
     commit_calibration(house, round_id, put_segments(house, manifest, names, new))
     path.unlink(missing_ok=True)

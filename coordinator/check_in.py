@@ -12,7 +12,7 @@ from coordinator.house import House
 from coordinator.last_acts import note_act
 from coordinator.modalities import largest_set, to_text
 from coordinator.rounds import advance, current_round, get_run, open_runs, paused_runs, places
-from coordinator.tables import CalibrationRow, DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
+from coordinator.tables import CalibrationRow, DeviceRow, EvaluationRow, PlaceRow, RecallRow, RoundRow, RunRow, UpdateRow
 from coordinator.terms import agree
 from coordinator.timeline import lease_of, tenure_of
 from coordinator.waiting import describe
@@ -59,6 +59,9 @@ def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait
             if misfit:
                 misfits.append(f"{run.id} {misfit}")
                 continue
+            if (recall := session.get(RecallRow, (run.number, device.id))) is not None:
+                session.delete(recall)
+                return _wait(house, "round", f"{run.id} was taken back to an earlier round; ask again")
             remember(house, device, run, facts, now)
             session.flush()  # so that the count of devices that are here has this one
             advance(house, session, run, now)

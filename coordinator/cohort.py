@@ -27,7 +27,7 @@ def start_round(house: House, session: Session, run: RunRow, now: float) -> None
     plan = house.manifest(run.manifest).plan
     if count_here(house, session, run, now) < plan.cohort.present:
         return
-    row = RoundRow(run_number=run.number, stage=run.stage, round=run.round, since_unix_seconds=now)
+    row = RoundRow(id=_next_id(session), run_number=run.number, stage=run.stage, round=run.round, since_unix_seconds=now)
     session.add(row)
     session.flush()
     log.info("%s: round %d of stage %d starts", run.id, run.round, run.stage)
@@ -49,6 +49,12 @@ def start_round(house: House, session: Session, run: RunRow, now: float) -> None
         )
     session.flush()
     log.info("%s: drawn from %d devices: %s", run.id, len(ids), ", ".join(sorted(drawn)))
+
+
+def _next_id(session: Session) -> int:
+    """An id that no round ever had, also none that was taken back."""
+    last = session.scalar(select(func.max(RoundRow.id))) or 0
+    return 1 + max(last, session.scalar(select(func.max(RunRow.undone_round_id))) or 0)
 
 
 def count_here(house: House, session: Session, run: RunRow, now: float) -> int:

@@ -28,6 +28,8 @@ def accept_evaluation(house: House, address: Address, evaluation: Evaluation) ->
         run = get_run(session, address.run)
         row = get_round(house, session, run, address.stage, address.round)
         asked = session.get(EvaluationRow, (row.id, address.device_id))
+        if asked is None and run.undone_round_id:
+            raise RoundClosedError(f"{address.text} was taken back once, and does not await this; check in for new work")
         if asked is None:
             raise UpdateRejectedError(f"this device was not asked to evaluate {address.text}; check in for work")
         if asked.evaluation == text:

@@ -11,7 +11,7 @@ from coordinator.modalities import from_text, is_measured_alike
 from coordinator.rounds import is_calibrated
 from coordinator.stages import early_end
 from coordinator.stored import read_stored
-from coordinator.tables import DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
+from coordinator.tables import SHOWN_NAME, DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from coordinator.terms import Terms, shortfall
 from lamina.manifest import Manifest
 from lamina.plan import Plan
@@ -41,10 +41,10 @@ def last_end(session: Session, plan: Plan, run: RunRow) -> str:
 
 def _transfers(session: Session, plan: Plan, row: RoundRow) -> list[str]:
     found = session.execute(
-        select(DeviceRow.name, PlaceRow)
+        select(SHOWN_NAME, PlaceRow)
         .join(DeviceRow, DeviceRow.id == PlaceRow.device_id)
         .where(PlaceRow.round_id == row.id, PlaceRow.is_lost.is_(False), PlaceRow.has_asked)
-        .order_by(DeviceRow.name)
+        .order_by(SHOWN_NAME)
     ).all()
     larger = (
         (name, shortfall(plan.training, Terms(place.download_encoding, place.upload_encoding, place.compression)))
@@ -59,10 +59,10 @@ def _bounded(session: Session, manifest: Manifest, row: RoundRow) -> list[str]:
     if cohort.max_examples is None and cohort.max_norm is None:
         return []
     rows = session.execute(
-        select(DeviceRow.name, UpdateRow)
+        select(SHOWN_NAME, UpdateRow)
         .join(DeviceRow, DeviceRow.id == UpdateRow.device_id)
         .where(UpdateRow.round_id == row.id)
-        .order_by(DeviceRow.name)
+        .order_by(SHOWN_NAME)
     ).all()
     specs = {update.modalities: manifest.exchange_specs(row.stage, from_text(update.modalities)) for _, update in rows}
     sizes = [Size(update.num_examples, update.norm, specs[update.modalities]) for _, update in rows]

@@ -24,7 +24,7 @@ def device_list(house: House, run_id: str) -> DeviceList:
         here = set(session.scalars(select(DeviceRow.id).where(*is_here(house, run, now))))
         took_part = select(PlaceRow.device_id).join(RoundRow).where(RoundRow.run_number == run.number)
         known = or_(DeviceRow.run_number == run.number, DeviceRow.id.in_(took_part), DeviceRow.id.in_(awaited))
-        rows = session.scalars(select(DeviceRow).where(known)).all()
+        rows = session.scalars(select(DeviceRow).where(known, DeviceRow.removed_name.is_(None))).all()
         # Whom the run waits for, the longest silent first; then the others, the last seen first.
         first = sorted((row for row in rows if row.id in awaited), key=lambda row: (row.seen_unix_seconds or 0.0, row.name))
         others = sorted(
@@ -59,7 +59,7 @@ def awaited_devices(house: House, session: Session, run: RunRow, now: float) -> 
         awaited |= dict.fromkeys((evaluation.device_id for evaluation in asked), "evaluation")
     elif row.phase == "calibrating" and not is_calibrated(session, row):
         work = session.get(CalibrationRow, row.id)
-        awaited |= dict.fromkeys([work.device_id] if work else [], "calibration")
+        awaited |= dict.fromkeys([work.device_id] if work and work.lease_ends_unix_seconds > now else [], "calibration")
     return awaited
 
 
@@ -89,7 +89,7 @@ def is_away(house: House, run: RunRow, now: float) -> tuple[ColumnElement[bool],
     """Which devices could take part in the run and are not here: those that asked it for work once, or never asked at all."""
     could_join = or_(DeviceRow.run_number == run.number, DeviceRow.run_number.is_(None))
     here = select(DeviceRow.id).where(*is_here(house, run, now))
-    return DeviceRow.role == "device", could_join, not_(DeviceRow.id.in_(here))
+    return DeviceRow.role == "device", DeviceRow.removed_name.is_(None), could_join, not_(DeviceRow.id.in_(here))
 
 
 def _state(row: DeviceRow, is_here: bool, awaited: Awaited, now: float) -> DeviceState:

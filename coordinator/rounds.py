@@ -23,17 +23,26 @@ from sqlalchemy.orm import Session
 
 from coordinator.cohort import start_round
 from coordinator.evaluating import awaited_evaluations, begin_evaluation
+from coordinator.history import note
 from coordinator.house import House
+from coordinator.snapshots import keep_snapshot
 from coordinator.stages import early_end, ends_with, next_stage
 from coordinator.tables import CalibrationRow, DeviceRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from coordinator.timeline import DEADLINES_UNTIL_FAILURE, deadline_of, mend, tenure_of
-from lamina.errors import UnknownNameError
+from lamina.errors import RoundClosedError, UnknownNameError
 
 log = logging.getLogger("lamina.coordinator")
 
 
 def advance(house: House, session: Session, run: RunRow, now: float) -> None:
     """Moves a run as far as it can go without arithmetic. Calling it again changes nothing."""
+    was_finished = run.is_finished
+    _advance(house, session, run, now)
+    if run.is_finished and not was_finished:
+        note(house, session, "finish", "running", "finished", run=run)
+
+
+def _advance(house: House, session: Session, run: RunRow, now: float) -> None:
     manifest = house.manifest(run.manifest)
     plan = manifest.plan
     while run.state == "running":
@@ -52,7 +61,7 @@ def advance(house: House, session: Session, run: RunRow, now: float) -> None:
             if updates == plan.cohort.size or (is_past_deadline and updates >= plan.cohort.min_updates):
                 row.enter("aggregating", now)
             elif reason := why_it_never_closes(house, session, run, row, now):
-                fail(session, run, reason, now)
+                fail(house, session, run, reason, now)
             return
 
         if row.phase == "aggregating":
@@ -68,6 +77,7 @@ def advance(house: House, session: Session, run: RunRow, now: float) -> None:
             if awaited_evaluations(house, session, run, row, now):
                 return
             row.enter("closed", now)
+            keep_snapshot(house, session, run, row)
             log.info("%s: round %d of stage %d is closed", run.id, run.round, run.stage)
 
         run.round, run.since_unix_seconds = run.round + 1, now
@@ -101,8 +111,9 @@ def why_it_never_closes(house: House, session: Session, run: RunRow, row: RoundR
     )
 
 
-def fail(session: Session, run: RunRow, reason: str, now: float) -> None:
+def fail(house: House, session: Session, run: RunRow, reason: str, now: float) -> None:
     """Ends a run that cannot go on, and frees its devices."""
+    note(house, session, "fail", run.state, "failed", run=run, detail=reason)
     run.stop("failed", reason, now)
     log.error("%s has failed: %s", run.id, reason)
 
@@ -147,7 +158,7 @@ def get_run(session: Session, run_id: str) -> RunRow:
 
 
 def get_round(house: House, session: Session, run: RunRow, stage: int, number: int) -> RoundRow:
-    """A round that has started. Raises UnknownNameError that says what does exist."""
+    """A round that has started. Raises UnknownNameError that says what does exist, RoundClosedError if it was taken back."""
     plan = house.manifest(run.manifest).plan
     stages = plan.stages
     if not 0 <= stage < len(stages):
@@ -157,6 +168,8 @@ def get_round(house: House, session: Session, run: RunRow, stage: int, number: i
     row = session.scalar(
         select(RoundRow).where(RoundRow.run_number == run.number, RoundRow.stage == stage, RoundRow.round == number)
     )
+    if row is None and run.undone_round_id:
+        raise RoundClosedError(f"round {number} of stage {stage} of {run.id} was taken back; check in for new work")
     if row is None and (stage < run.stage or run.is_finished):
         raise UnknownNameError(f"{run.id}: {early_end(session, plan, run.number, stage)}; check in for new work")
     if row is None:

@@ -15,7 +15,8 @@ class Settings(Record):
 
     Everything under `state` belongs to one coordinator: the database, the blobs, the two token files, the address.
     `presence_seconds` is how long a device counts as here after it asked for work; it bounds how soon a round that waits
-    for its cohort notices that a device has left. `allow_unsigned` takes bundles that nobody signed.
+    for its cohort notices that a device has left. `allow_unsigned` takes bundles that nobody signed. Of the last
+    `keep_rounds` closed rounds of a run the weights are kept.
     """
 
     state: Path
@@ -25,6 +26,7 @@ class Settings(Record):
     wait_seconds_max: PositiveSeconds = 2.0
     presence_seconds: PositiveSeconds = 60.0
     allow_unsigned: bool = False
+    keep_rounds: Annotated[int, Field(ge=0, le=1000)] = 3
 
     @model_validator(mode="after")
     def _waits_fit(self) -> Self:

@@ -84,6 +84,8 @@ def find_slot(house: House, session: Session, address: Address, digest: str) -> 
     if row.phase != "training":
         raise RoundClosedError(f"{address.text} takes no more updates; check in for new work")
     place = session.get(PlaceRow, (row.id, address.device_id))
+    if place is None and run.undone_round_id:
+        raise RoundClosedError(f"this device has no place in {address.text}, which was taken back once; check in for new work")
     if place is None:
         raise UpdateRejectedError(f"this device has no place in {address.text}; check in to get one")
     if place.is_lost:

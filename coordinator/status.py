@@ -11,7 +11,7 @@ from coordinator.modalities import from_text, is_measured_alike
 from coordinator.notes import last_end, notes_of
 from coordinator.rounds import get_run
 from coordinator.stored import read_stored
-from coordinator.tables import DeviceRow, EvaluationRow, RoundRow, RunRow, UpdateRow, WeightRow
+from coordinator.tables import SHOWN_NAME, DeviceRow, EvaluationRow, RoundRow, RunRow, UpdateRow, WeightRow
 from coordinator.waiting import describe, describe_round
 from lamina.tensors import ENCODINGS
 from lamina.wire import DeviceReport, Evaluation, RoundStatus, RunList, RunStatus, TrainReport
@@ -74,10 +74,10 @@ def _round_status(house: House, session: Session, run: RunRow, row: RoundRow, no
 
 def _reports(session: Session, row: RoundRow) -> tuple[DeviceReport, ...]:
     found = session.execute(
-        select(DeviceRow.name, UpdateRow)
+        select(SHOWN_NAME, UpdateRow)
         .join(DeviceRow, DeviceRow.id == UpdateRow.device_id)
         .where(UpdateRow.round_id == row.id)
-        .order_by(DeviceRow.name)
+        .order_by(SHOWN_NAME)
     ).all()
     return tuple(
         DeviceReport(

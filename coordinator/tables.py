@@ -14,6 +14,9 @@ round's rows:
     cards         how the data of each device was packed
     data_facts    what of that all devices of a run have in common
     superseded    what the newest weights replaced, until nothing needs it and it is deleted
+    snapshots     the weights with which the last rounds closed
+    recalls       devices that may still work for a round that was taken back
+    history       what operators did, and how runs ended
     clock         where the time line was when it was last noted
 
 A column `modalities` has the names of some of the model's modalities, joined by commas; empty: all of them.
@@ -21,7 +24,7 @@ A column `modalities` has the names of some of the model's modalities, joined by
 
 from typing import Literal
 
-from sqlalchemy import ForeignKey, Text, UniqueConstraint
+from sqlalchemy import ForeignKey, Text, UniqueConstraint, func
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from lamina.bounds import MAX_COUNT, MAX_LOSS, MAX_SECONDS
@@ -75,6 +78,8 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE devices ADD COLUMN did_unix_seconds REAL",
         "ALTER TABLE devices ADD COLUMN refusal TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE devices ADD COLUMN refused_unix_seconds REAL",
+        "ALTER TABLE runs ADD COLUMN undone_round_id INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE devices ADD COLUMN removed_name TEXT",
     ),
 }
 """What turns the tables of a version into those of the next; new tables are made by themselves."""
@@ -105,6 +110,8 @@ class DeviceRow(Base):
 
     `is_trusted`: it enrolled with the admin token, so it may calibrate. `did` is what it did last, beside asking for work, and
     `refusal` the last one that it got (`coordinator.last_acts`); empty: none yet.
+
+    One that was removed has its name in `removed_name`: the name is free again, and what the device did is still told of it.
     """
 
     __tablename__ = "devices"
@@ -121,6 +128,7 @@ class DeviceRow(Base):
     did_unix_seconds: Mapped[float | None]
     refusal: Mapped[str] = mapped_column(default="")
     refused_unix_seconds: Mapped[float | None]
+    removed_name: Mapped[str | None]
 
 
 class CardRow(Base):
@@ -147,6 +155,8 @@ class RunRow(Base):
     """One execution of a plan. `stage` and `round` are where it stands, `since_unix_seconds` since when.
 
     A run that an operator stopped, or that could not go on, has a `halt` with its reason, and the time since when.
+    `undone_round_id` is the largest row id of a round that was taken back, 0 if none was: files are named after such ids, so no
+    id is given twice.
     """
 
     __tablename__ = "runs"
@@ -160,6 +170,7 @@ class RunRow(Base):
     halt: Mapped[Halt] = mapped_column(Text, default="")
     halt_reason: Mapped[str] = mapped_column(Text, default="")
     halted_unix_seconds: Mapped[float | None]
+    undone_round_id: Mapped[int] = mapped_column(default=0)
 
     @property
     def id(self) -> str:
@@ -203,6 +214,40 @@ class TeacherRow(Base):
     stage: Mapped[int] = mapped_column(primary_key=True)
     segment: Mapped[str] = mapped_column(primary_key=True)
     blob: Mapped[str]
+
+
+class SnapshotRow(Base):
+    """The weights that a segment had when a round closed."""
+
+    __tablename__ = "snapshots"
+    run_number: Mapped[int] = mapped_column(ForeignKey("runs.number"), primary_key=True)
+    stage: Mapped[int] = mapped_column(primary_key=True)
+    round: Mapped[int] = mapped_column(primary_key=True)
+    segment: Mapped[str] = mapped_column(primary_key=True)
+    blob: Mapped[str]
+
+
+class RecallRow(Base):
+    """A device that was given work in a round which was then taken back; gone once the device was told."""
+
+    __tablename__ = "recalls"
+    run_number: Mapped[int] = mapped_column(ForeignKey("runs.number"), primary_key=True)
+    device_id: Mapped[str] = mapped_column(ForeignKey("devices.id"), primary_key=True)
+
+
+class HistoryRow(Base):
+    """One thing that was done. Names as they were then; `before` and `after` are states. The time is the wall clock's."""
+
+    __tablename__ = "history"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    unix_seconds: Mapped[float]
+    who: Mapped[str]
+    what: Mapped[str]
+    run: Mapped[str] = mapped_column(index=True)
+    device: Mapped[str]
+    before: Mapped[str]
+    after: Mapped[str]
+    detail: Mapped[str] = mapped_column(Text)
 
 
 class RoundRow(Base):
@@ -305,3 +350,7 @@ class EvaluationRow(Base):
     evaluation: Mapped[str | None] = mapped_column(Text)
     download_encoding: Mapped[Encoding] = mapped_column(Text, default="fp32")
     modalities: Mapped[str] = mapped_column(default="")
+
+
+SHOWN_NAME = func.coalesce(DeviceRow.removed_name, DeviceRow.name)
+"""What a device is called where one tells what it did; it may have been removed since."""

@@ -49,7 +49,9 @@ class Tokens:
         digest = hash_token(_bearer(header))
         with self._database.read() as session:
             found = session.execute(
-                select(DeviceRow.id, DeviceRow.token_sha256).where(DeviceRow.token_sha256 == digest)
+                select(DeviceRow.id, DeviceRow.token_sha256).where(
+                    DeviceRow.token_sha256 == digest, DeviceRow.removed_name.is_(None)
+                )
             ).one_or_none()
         if found is None or not hmac.compare_digest(found.token_sha256, digest):
             raise NotEnrolledError("no device has this token; join the coordinator again with its enrolment token")

@@ -5,10 +5,11 @@ that is refused leaves a byte behind, and a refusal never costs a device its pla
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
-from math import fsum, sqrt
+from math import fsum, inf, sqrt
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -120,6 +121,12 @@ def check_content(path: str, specs: list[TensorSpec], max_difference: float = MA
         content.update(value.tobytes())
         squares.append(float(np.square(value, dtype=np.float64).sum()))
     return Content(content.hexdigest(), sqrt(fsum(squares)))
+
+
+def check_accepted(path: Path, content_sha256: str, specs: Sequence[TensorSpec]) -> None:
+    """Raises TensorFileError unless the file of an accepted update still holds the very values that were accepted."""
+    if check_content(str(path), list(specs), inf).sha256 != content_sha256:
+        raise TensorFileError(f"the accepted update {path.name} is damaged on the coordinator's disk: it holds other values")
 
 
 @contextmanager

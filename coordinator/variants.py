@@ -12,7 +12,7 @@ from sqlalchemy import delete, select
 
 from coordinator.blobs import Blobs
 from coordinator.database import Database
-from coordinator.tables import RunRow, SupersededRow, TeacherRow, VariantRow, WeightRow
+from coordinator.tables import RunRow, SnapshotRow, SupersededRow, TeacherRow, VariantRow, WeightRow
 from lamina.compression import Compression, compress
 from lamina.manifest import Manifest
 from lamina.segments import TensorSpec
@@ -72,6 +72,7 @@ class Variants:
                 return
             needed = {row.blob for row in rows if row.master in current}
             needed |= set(session.scalars(select(WeightRow.blob)).all()) | set(session.scalars(select(TeacherRow.blob)).all())
+            needed |= set(session.scalars(select(SnapshotRow.blob)).all())
             for digest in set(session.scalars(select(RunRow.manifest)).all()):
                 needed |= set(manifest_of(digest).blobs)
             # The files first: a row whose file is gone is made again, a file without a row would stay for ever.

@@ -6,17 +6,22 @@ from sqlalchemy.orm import Session
 
 from coordinator.house import House
 from coordinator.tables import RunRow, SupersededRow, WeightRow
+from lamina.bundle import hash_file
+from lamina.errors import HashMismatchError
 from lamina.manifest import Manifest
 from lamina.tensors import Float32, decode_file, encode
 
 
 def read_weights(house: House, session: Session, run: RunRow, segments: Iterable[str]) -> dict[str, Float32]:
-    """The tensors of these segments, named `segment/tensor`."""
+    """The tensors of these segments, named `segment/tensor`. Raises HashMismatchError for a damaged file, UnknownNameError."""
     manifest = house.manifest(run.manifest)
     vector: dict[str, Float32] = {}
     for name in segments:
         blob = session.get_one(WeightRow, (run.number, name)).blob
-        tensors = decode_file(str(house.blobs.path(blob)), manifest.segment(name).tensors)
+        path = house.blobs.path(blob)
+        if hash_file(path) != blob:
+            raise HashMismatchError(f"the weights of segment {name}, blob {blob}, are damaged on the coordinator's disk")
+        tensors = decode_file(str(path), manifest.segment(name).tensors)
         vector |= {f"{name}/{tensor}": value for tensor, value in tensors.items()}
     return vector
 

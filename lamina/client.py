@@ -12,6 +12,8 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
+from pydantic import ValidationError
+
 from lamina.bundle import blob_path, manifest_bytes, read_signature
 from lamina.connection import (
     MAX_ANSWER_BYTES,
@@ -31,9 +33,20 @@ from lamina.errors import ConfigError, HashMismatchError, ProtocolError, Unknown
 from lamina.files import move_durably, raise_if_full, write_durably
 from lamina.manifest import Manifest
 from lamina.printable import printable
-from lamina.record import Record
+from lamina.record import Record, explain
 from lamina.tensors import join_files
-from lamina.wire import SIGNATURE_HEADER, DeviceList, Published, RunList, RunStatus
+from lamina.wire import (
+    SIGNATURE_HEADER,
+    DeviceList,
+    Enrolments,
+    History,
+    HistoryEntry,
+    NewName,
+    Published,
+    RunCommand,
+    RunList,
+    RunStatus,
+)
 
 TOKEN_VARIABLE = "LAMINA_TOKEN"
 _PIECE_BYTES = 1 << 20
@@ -114,6 +127,28 @@ class Client:
             return RunView(status=status, devices=parsed(DeviceList, self._send("GET", path_of("v1", "runs", run, "devices"))))
         except UnknownNameError:
             return RunView(status=status)
+
+    def command(self, run: str, command: RunCommand) -> HistoryEntry:
+        """Says what is to become of a run (`coordinator.operating`)."""
+        return parsed(HistoryEntry, self._send("POST", path_of("v1", "runs", run, "commands"), command.to_json()))
+
+    def history(self, run: str | None = None) -> History:
+        """The newest rows, of one run or of everything."""
+        path = path_of("v1", "history") if run is None else path_of("v1", "runs", run, "history")
+        return parsed(History, self._send("GET", path, most_bytes=MOST_STATUS_BYTES))
+
+    def devices(self) -> Enrolments:
+        return parsed(Enrolments, self._send("GET", path_of("v1", "devices"), most_bytes=MOST_STATUS_BYTES))
+
+    def remove_device(self, name: str) -> HistoryEntry:
+        return parsed(HistoryEntry, self._send("POST", path_of("v1", "devices", name, "removal")))
+
+    def rename_device(self, name: str, new_name: str) -> HistoryEntry:
+        try:
+            new = NewName(name=new_name)
+        except ValidationError as error:
+            raise ConfigError(f"{printable(new_name)!r} is no device name: {explain(error)}") from error
+        return parsed(HistoryEntry, self._send("POST", path_of("v1", "devices", name, "name"), new.to_json()))
 
     def save_blob(self, digest: str, path: Path) -> None:
         """Writes the bytes of a blob to a file, which is there whole or not at all.

@@ -14,6 +14,12 @@ for what a device does, the admin token for publishing.
     GET  /v1/runs                                                 RunList
     GET  /v1/runs/{run}                                           RunStatus
     GET  /v1/runs/{run}/devices                                   DeviceList
+    POST /v1/runs/{run}/commands                                  RunCommand -> HistoryEntry (admin)
+    GET  /v1/history                                              History (admin)
+    GET  /v1/runs/{run}/history                                   History (admin)
+    GET  /v1/devices                                              Enrolments (admin)
+    POST /v1/devices/{name}/removal                               -> HistoryEntry (admin)
+    POST /v1/devices/{name}/name                                  NewName -> HistoryEntry (admin)
     PUT  /v1/runs/{run}/stages/{stage}/rounds/{round}/update      tensor file, TrainReport in a header -> Accepted
     PUT  /v1/runs/{run}/stages/{stage}/rounds/{round}/evaluation  Evaluation -> Accepted
 
@@ -324,3 +330,55 @@ class DeviceList(Record):
 
 class RunList(Record):
     runs: Annotated[tuple[RunName, ...], Field(max_length=MAX_ITEMS)]
+
+
+class RunCommand(Record):
+    """What an operator wants of a run (`coordinator.operating`).
+
+    `close_round` names the round that is to close, so that a repeated one closes no other. `rollback` names the closed round to
+    go back to; without a round, it is the initial weights.
+    """
+
+    command: Literal["pause", "resume", "cancel", "close_round", "rollback"]
+    stage: Count | None = None
+    round: Count | None = None
+    reason: Annotated[str, Field(max_length=200)] = ""
+
+
+class HistoryEntry(Record):
+    """One thing that was done: by whom (`coordinator`, or the token and the address it came from), to which run or device.
+
+    `before` and `after` are its states; equal ones of a command say that there was nothing to do, and no row was written.
+    """
+
+    unix_seconds: Annotated[float, Field(ge=0)]
+    who: Note
+    what: Note
+    run: Note = ""
+    device: Note = ""
+    before: Note
+    after: Note
+    detail: Text = ""
+
+
+class History(Record):
+    entries: Annotated[tuple[HistoryEntry, ...], Field(max_length=MAX_ITEMS)]
+
+
+class EnrolledDevice(Record):
+    """A device that is enrolled, and what it said when it last asked for work."""
+
+    name: DeviceName
+    device_id: DeviceId
+    run: Note = ""
+    engine: EngineName | None = None
+    role: DeviceRole = "device"
+    seen_seconds_ago: Seconds | None = None
+
+
+class Enrolments(Record):
+    devices: Annotated[tuple[EnrolledDevice, ...], Field(max_length=MAX_ITEMS)]
+
+
+class NewName(Record):
+    name: DeviceName

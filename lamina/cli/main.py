@@ -15,6 +15,7 @@ from lamina.cli.calibrate import calibrate
 from lamina.cli.cost import cost
 from lamina.cli.data import data
 from lamina.cli.demo import demo
+from lamina.cli.device import device
 from lamina.cli.doctor import doctor
 from lamina.cli.engine import engine
 from lamina.cli.export import export
@@ -24,6 +25,7 @@ from lamina.cli.join import join
 from lamina.cli.key import key
 from lamina.cli.publish import publish
 from lamina.cli.pull import pull
+from lamina.cli.run import run
 from lamina.cli.serve import serve
 from lamina.cli.split import split
 from lamina.cli.status import status
@@ -42,6 +44,8 @@ app = typer.Typer(
 VERBS = (demo, doctor, cost, export, inspect, fit, serve, publish, join, calibrate, status, pull, assemble)
 for verb in VERBS:
     app.command()(verb)
+app.add_typer(run)
+app.add_typer(device)
 app.add_typer(bench)
 app.add_typer(engine)
 app.add_typer(key)

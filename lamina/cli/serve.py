@@ -29,6 +29,14 @@ def serve(
             help="Longest time in seconds after which a waiting device asks again; raise it for a large fleet.",
         ),
     ] = 2.0,
+    keep_rounds: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1000,
+            help="Of so many closed rounds of each run the weights are kept, for `lamina run rollback`.",
+        ),
+    ] = 3,
     trust: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,6 +88,7 @@ def serve(
         wait_seconds_min=wait_seconds_min,
         wait_seconds_max=wait_seconds_max,
         allow_unsigned=allow_unsigned,
+        keep_rounds=keep_rounds,
     )
     if trust:
         TrustedKeys.given(trust, "given to `lamina serve --trust`").write(settings.trusted)

@@ -249,7 +249,7 @@ def test_weights_that_are_past_are_removed_with_their_variants_and_all_else_stay
     assert [work.stage for work in works] == [0, 1] and masters[1]["head"] != masters[2]["head"]
     stored = {path.name for path in (coordinator.state / "blobs").iterdir()}
 
-    assert stored == {hash_bytes(bundle.manifest.to_json()), *bundle.blobs, *masters[-1].values()}
+    assert stored == {hash_bytes(bundle.manifest.to_json()), *bundle.blobs, *masters[-1].values(), *masters[-2].values()}
     missing = coordinator.http.get(f"/v1/blobs/{works[0].weights['head']}", headers=device.headers)
     problem_of(missing, 404, "unknown-name")
     coordinator.restart()
