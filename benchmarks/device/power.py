@@ -98,8 +98,8 @@ class Sensors:
             return Energy(None, reason=self._reason)
         samples = self._tegra.between(begin, end)
         # Of one set of rails, though a line may lack one: a board for a moment and its parts for another make no integral.
-        seen = Counter(sample.whole_rails for _, sample in samples if sample.rails).most_common(1)
-        rails = seen[0][0] if seen else ()
+        seen = Counter(sample.whole_rails for _, sample in samples if sample.rails)
+        rails = max(seen, key=lambda rails: (seen[rails], -len(rails)), default=())
         points = [(at, sample.watts_of(rails)) for at, sample in samples]
         known = [(at, watts) for at, watts in points if watts is not None]
         if len(known) < 2:
