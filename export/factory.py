@@ -96,7 +96,7 @@ def _find(name: str) -> Any:
             ) from error
         raise ConfigError(
             f"factory {name!r}: importing {module_name} needs {error.name or error}, which is not installed; install its "
-            f"package{_last_line(error)}"
+            f"package{_last_line(error)}{way_out(error)}"
         ) from error
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
         raise ExportError(

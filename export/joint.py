@@ -70,5 +70,8 @@ def backward_graph(forward: ExportedProgram, weight_names: Sequence[str]) -> Exp
 def _all_there(gradients: Sequence[Tensor | None], weight_names: Sequence[str]) -> Arrays:
     for name, gradient in zip(weight_names, gradients, strict=True):
         if gradient is None:
-            raise CutError(f"the loss does not depend on {name}; remove the parameter, or use it in forward()")
+            raise CutError(
+                f"the loss does not depend on {name}; remove the parameter, use it in forward(), or remove what ends its "
+                "gradient on the way: .detach(), torch.no_grad(), integer results"
+            )
     return tuple(gradients)  # type: ignore[arg-type]

@@ -319,13 +319,25 @@ def _of_modality(made: object, modality: str, factory: str) -> object:
 
 def _adapted(made: object, modality: str, options: Mapping[str, Any]) -> Trunk:
     """The trunk of a module, as engines can train it; tensors that they cannot take are mended, and faults."""
+    doubled = [] if options.get("copy_shared") else list(_doubled(made, modality))
     own = mended_trunk(made) if isinstance(made, Trunk) else mended(made) if isinstance(made, nn.Module) else made
     trunk = adapt(own, **options)
     if isinstance(made, nn.Module | Trunk):
         parts = named_parts(modality, trunk)
         parts[norm(modality)] = nn.Sequential(parts[norm(modality)], trunk.pool)
-        trunk = replace(trunk, faults=tuple(mending_faults(made, modality, parts)))
+        trunk = replace(trunk, faults=(*doubled, *mending_faults(made, modality, parts)))
     return engine_safe(trunk, modality)
+
+
+def _doubled(made: object, modality: str) -> Iterator[Fault]:
+    """Two parameters in one memory; a copy of the model, which is what lamina works on, has two memories."""
+    owners: dict[object, tuple[str, Tensor]] = {}
+    for key, value in _parameters(made):
+        other, first = owners.setdefault(memory_of(value), (key, value))
+        if first is not value and (first.requires_grad or value.requires_grad):
+            reason = f"{other} and {key} are two parameters in one memory: trained apart, they would not stay one"
+            remedy = "use one nn.Parameter under both names, or ask for copies by the encoder's option copy_shared = true"
+            yield Fault(f"({modality})", reason, remedy)
 
 
 def _parameters(made: object) -> Iterator[tuple[str, Tensor]]:

@@ -316,10 +316,12 @@ def _segment_cost(name: str, module: nn.Module, example: tuple[Tensor, ...]) -> 
 
 
 def _exchanged(module: nn.Module) -> tuple[TensorSpec, ...]:
-    """Trained parameters, and the buffers that an average over devices makes sense for: stored ones of floating point."""
-    stored = module.state_dict(keep_vars=True)
-    buffers = {key: value for key, value in module.named_buffers() if key in stored and value.is_floating_point()}
-    return _specs(parameters.trained(module) | buffers)
+    """Trained parameters, and the buffers that an average over devices makes sense for: statistics of batch norm. Others are
+    constants, which programs carry."""
+    statistics = {
+        key: value for key, value in module.named_buffers() if key.endswith("running_mean") or key.endswith("running_var")
+    }
+    return _specs(parameters.trained(module) | statistics)
 
 
 def _specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:

@@ -41,6 +41,11 @@ _KNOWN: tuple[tuple[str, str, str], ...] = (
         "remove torch.no_grad(), .detach() and integer results from forward()",
     ),
     (
+        r"does not depend on its input",
+        "its output has no gradient to its input, so no segment below it can be trained with it",
+        "remove .detach(), torch.no_grad() and integer results from forward(), or train it in a stage of its own",
+    ),
+    (
         r"\.numpy\(\)|tensor subclasses|tolist\(\)",
         "it leaves torch on the way, for NumPy or plain numbers",
         "compute with torch operations all the way",
