@@ -40,7 +40,7 @@ from edge_client.trainer import features, stage_model, update_file, work
 from export.bundle import export_bundle
 from lamina.bundle import bundle_digest, manifest_bytes
 from lamina.compression import compress_file
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, TensorFileError
 from lamina.manifest import EngineName, Manifest
 from lamina.plan import Plan, Stage
 from lamina.segments import belongs
@@ -245,8 +245,13 @@ class Simulation:
         plan = self._manifest.plan
         terms = agree(plan.training, device.facts)
         names = needed_segments(self._manifest, phase, stage, number, device.name, device.modalities)
-        weights = {name: self._newest.variant(name, terms.download_encoding, "none") for name in names}
-        packed = {name: self._newest.variant(name, terms.download_encoding, terms.compression) for name in names}
+        encoding = terms.download_encoding
+        try:
+            weights = {name: self._newest.variant(name, encoding, "none") for name in names}
+        except TensorFileError:  # as `coordinator.variants`
+            encoding = "fp32"
+            weights = {name: self._newest.variant(name, encoding, "none") for name in names}
+        packed = {name: self._newest.variant(name, encoding, terms.compression) for name in names}
         teacher = {name: blob for name, blob in self._newest.teacher.items() if belongs(name, device.modalities)}
         return Assignment(
             phase=phase,
@@ -257,7 +262,7 @@ class Simulation:
             weights=weights,
             lease_seconds=plan.cohort.lease_seconds,
             upload_encoding=terms.upload_encoding,
-            download_encoding=terms.download_encoding,
+            download_encoding=encoding,
             download_compression=terms.compression,
             compressed_weights={name: blob for name, blob in packed.items() if blob != weights[name]},
             upload_compression=terms.compression,

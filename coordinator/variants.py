@@ -14,6 +14,7 @@ from coordinator.blobs import Blobs
 from coordinator.database import Database
 from coordinator.tables import RunRow, SnapshotRow, SupersededRow, TeacherRow, VariantRow, WeightRow
 from lamina.compression import Compression, compress
+from lamina.errors import TensorFileError
 from lamina.manifest import Manifest
 from lamina.segments import TensorSpec
 from lamina.tensors import Encoding, decode_file, encode
@@ -34,30 +35,15 @@ class Variants:
     def fit(self, assignment: Assignment, manifest: Manifest) -> Assignment:
         """The assignment with the blobs that its encoding and compression ask for, in place of the masters.
 
-        `compressed_weights` has the segments that compression makes smaller. Raises DiskFullError, and TensorFileError if a
-        value does not fit the encoding.
+        `compressed_weights` has the segments that compression makes smaller. Weights with a value that the encoding cannot hold
+        travel in fp32: a device may move the model that far, and the run goes on. Raises DiskFullError.
         """
-        encoding, compression = assignment.download_encoding, assignment.download_compression
-        if encoding == "fp32" and compression == "none":
-            return assignment
-        wanted: tuple[Compression, ...] = ("none",) if compression == "none" else ("none", compression)
-        masters = assignment.weights.values()
-        known = self._known(masters, encoding)
-        if any((master, kind) not in known for master in masters for kind in wanted):
-            with self._making:
-                known = self._known(masters, encoding)
-                for segment, master in assignment.weights.items():
-                    for kind in wanted:
-                        if (master, kind) not in known:
-                            known[master, kind] = self._make(master, encoding, kind, manifest.segment(segment).tensors, known)
-        weights = {segment: known[master, "none"] for segment, master in assignment.weights.items()}
-        compressed = {segment: known[master, compression] for segment, master in assignment.weights.items()}
-        return assignment.model_copy(
-            update={
-                "weights": weights,
-                "compressed_weights": {name: blob for name, blob in compressed.items() if blob != weights[name]},
-            }
-        )
+        try:
+            return self._fit(assignment, manifest)
+        except TensorFileError:
+            if assignment.download_encoding == "fp32":
+                raise
+            return self._fit(assignment.model_copy(update={"download_encoding": "fp32"}), manifest)
 
     def remove_outdated(self, manifest_of: Callable[[str], Manifest]) -> None:
         """Deletes weights that newer ones have replaced, and the variants of weights that no unfinished run has any more. A
@@ -81,6 +67,29 @@ class Variants:
                     self._blobs.remove(blob)
             session.execute(delete(VariantRow).where(VariantRow.master.in_({row.master for row in outdated})))
             session.execute(delete(SupersededRow).where(SupersededRow.blob.in_(superseded - needed)))
+
+    def _fit(self, assignment: Assignment, manifest: Manifest) -> Assignment:
+        encoding, compression = assignment.download_encoding, assignment.download_compression
+        if encoding == "fp32" and compression == "none":
+            return assignment
+        wanted: tuple[Compression, ...] = ("none",) if compression == "none" else ("none", compression)
+        masters = assignment.weights.values()
+        known = self._known(masters, encoding)
+        if any((master, kind) not in known for master in masters for kind in wanted):
+            with self._making:
+                known = self._known(masters, encoding)
+                for segment, master in assignment.weights.items():
+                    for kind in wanted:
+                        if (master, kind) not in known:
+                            known[master, kind] = self._make(master, encoding, kind, manifest.segment(segment).tensors, known)
+        weights = {segment: known[master, "none"] for segment, master in assignment.weights.items()}
+        compressed = {segment: known[master, compression] for segment, master in assignment.weights.items()}
+        return assignment.model_copy(
+            update={
+                "weights": weights,
+                "compressed_weights": {name: blob for name, blob in compressed.items() if blob != weights[name]},
+            }
+        )
 
     def _known(self, masters: Iterable[str], encoding: Encoding) -> Known:
         with self._database.read() as session:

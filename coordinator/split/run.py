@@ -7,7 +7,7 @@ not depend on who is fast. A user that falls silent, or begins again, leaves no 
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from threading import RLock
@@ -38,6 +38,7 @@ from lamina.tensors import Float32, decode_file, encode
 from lamina.wire import Refused, Wait
 
 log = logging.getLogger("lamina.coordinator")
+_MOST_NAMES = 8
 
 
 @dataclass
@@ -203,7 +204,7 @@ class SplitRun:
             elif self._now.turn is not None:
                 detail = f"{self._names(self._now.turn.user)} trains, {self._now.turn.steps} steps done"
             else:
-                detail = f"waits for users: {len(self._now.updates)} updates"
+                detail = self._whom_it_waits_for(self._house.clock())
             return SplitStatus(
                 run=state.run,
                 name=self.plan.name,
@@ -346,6 +347,19 @@ class SplitRun:
                 f"the plan compresses with {self.plan.traffic.compression}, which is missing there: pip install 'lamina[zstd]'"
             )
         return None
+
+    def _whom_it_waits_for(self, now: float) -> str:
+        if self._now.cohort:
+            left = [user for user in self._now.cohort if user not in self._now.updates and user not in self._now.lost]
+            return f"waits for the updates of {self._in_words(left)}: {len(self._now.updates)} updates are here"
+        here = self._here(now)
+        away = [user for user in self._asked if user not in here]
+        missing = f", {self._in_words(away)} asked before and went away" if away else ""
+        return f"waits for users: {len(here)} of {self.plan.users.size} are here{missing}"
+
+    def _in_words(self, users: Sequence[str]) -> str:
+        names = ", ".join(sorted(self._names(user) for user in users[:_MOST_NAMES]))
+        return names + (f" and {len(users) - _MOST_NAMES} more" if len(users) > _MOST_NAMES else "")
 
     def _here(self, now: float) -> list[str]:
         since = now - self._house.settings.presence_seconds

@@ -20,11 +20,12 @@ def inspect(
     from lamina.bundle import bundle_digest, read_bundle
     from lamina.cli.overview_tables import show_bundle
     from lamina.keys import users_trust
+    from lamina.printable import printable_markup
 
     console = Console()
     manifest = read_bundle(bundle, trust=users_trust(allow_unsigned), tell=typer.echo)
     digest = bundle_digest(bundle)
-    console.print(f"{bundle}: {len(manifest.blobs)} blobs verified, manifest {digest[:12]}")
+    console.print(f"{printable_markup(str(bundle), 1000)}: {len(manifest.blobs)} blobs verified, manifest {digest[:12]}")
     found = show_bundle(manifest, digest, console)
     if json is not None:
         json.write_bytes(found.to_json())

@@ -6,7 +6,9 @@ from rich.table import Table
 
 from lamina.manifest import Manifest
 from lamina.overview import Overview, overview, plan_picture
+from lamina.printable import printable_markup
 
+_MOST_CHARACTERS = 1000
 _MANY_STAGES = 40  # a picture wider than this is no picture
 
 
@@ -20,11 +22,11 @@ def show_bundle(manifest: Manifest, digest: str, console: Console) -> Overview:
     if found.rewrites:
         console.print(_rewrites(found))
     for note in found.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {printable_markup(note, _MOST_CHARACTERS)}", soft_wrap=True)
     for engine, errors in manifest.prefix_errors.items():
         console.print(
             f"int8 prefix on {engine}: features off by {100 * max(errors.values()):.2f} % at most, measured on the initial "
-            f"weights and {_measured_on(manifest)}",
+            f"weights and {printable_markup(_measured_on(manifest))}",
             soft_wrap=True,
         )
     console.print(
@@ -43,7 +45,7 @@ def _cost_table(manifest: Manifest, found: Overview) -> Table:
     training = manifest.plan.training
     pieces = f" in micro-batches of {training.micro_batch}" if training.samples_in_memory < training.batch_size else ""
     table = Table(
-        title=f"{found.name}: {manifest.plan.strategy}, batch {training.batch_size}{pieces}",
+        title=f"{printable_markup(found.name)}: {manifest.plan.strategy}, batch {training.batch_size}{pieces}",
         caption="stage (rounds); params and MFLOPs: active/frozen, a trained segment costs\n"
         "3 forward passes, a frozen one 1; KiB: down/up",
         box=box.SIMPLE,
@@ -108,7 +110,7 @@ def _picture(manifest: Manifest) -> Table:
     table.add_column("segment")
     table.add_column("".join(str(stage.index % 10) for stage in manifest.plan.stages))
     for name, letters in plan_picture(manifest):
-        table.add_row(name, letters.replace("A", "[bold green]A[/]").replace("f", "[blue]f[/]"))
+        table.add_row(printable_markup(name), letters.replace("A", "[bold green]A[/]").replace("f", "[blue]f[/]"))
     return table
 
 
@@ -117,5 +119,6 @@ def _rewrites(found: Overview) -> Table:
     for heading in ("where", "what", "times", "largest difference", ""):
         table.add_column(heading)
     for each in found.rewrites:
-        table.add_row(each.where, each.kind, str(each.count), f"{each.largest_difference:.1e}", each.note)
+        where, kind, note = (printable_markup(text, _MOST_CHARACTERS) for text in (each.where, each.kind, each.note))
+        table.add_row(where, kind, str(each.count), f"{each.largest_difference:.1e}", note)
     return table

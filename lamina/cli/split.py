@@ -177,10 +177,15 @@ def status(
 def _table(found: "SplitStatus") -> "Table":
     from rich.table import Table
 
-    table = Table(title=f"{found.run}: {found.name}, {found.state}", caption=found.detail, caption_justify="left")
+    from lamina.cli.device_table import CLOSE, shown
+
+    title = shown(f"{found.run}: {found.name}, {found.state}")
+    notes = found.rounds[-1].notes if found.rounds else ()
+    caption = shown("; ".join((found.detail, *notes)))
+    table = Table(title=title, caption=caption, caption_justify="left", padding=CLOSE)
     modalities = sorted({m for row in found.rounds for each in row.users for m in each.report.loss})
-    for heading in ("round", "phase", "users", "fused loss", *modalities, "fusion", "KiB up", "KiB down"):
-        table.add_column(heading, justify="right")
+    for heading in ("round", "phase", "users", "fused\nloss", *modalities, "fusion", "KiB\nup", "KiB\ndown"):
+        table.add_column(heading, justify="right", overflow="fold")
     for row in found.rounds:
         accuracy = [row.test_accuracy(m) for m in (*modalities, None)]
         table.add_row(

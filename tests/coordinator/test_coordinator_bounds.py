@@ -166,3 +166,30 @@ def test_without_a_plan_s_bounds_no_device_tells_of_more_examples_than_it_can_ha
     report = REPORT.model_copy(update={"num_examples": examples})
     answer = device.send(device.work(), report=report)
     assert answer.status_code in (409, 422) and str(MAX_EXAMPLES) in answer.text
+
+
+def test_weights_beyond_fp16_travel_in_fp32_and_the_run_goes_on(coordinator: InProcess, tmp_path: Path) -> None:
+    coordinator.publish(make_bundle(rounds=[9, 1], cohort=Cohort(size=1), download_encoding="fp16"))
+    device = coordinator.join("pi-1", encodings=("fp32", "fp16"))
+    encodings = []
+    for _ in range(9):
+        work = device.work()
+        encodings.append(work.download_encoding)
+        body = encode({name: np.full_like(array, MAX_DIFFERENCE) for name, array in device.difference(work).items()})
+        assert device.send(work, body).status_code == 200
+    assert encodings == ["fp16"] * 7 + ["fp32"] * 2  # above 65504 from the seventh round on
+    assert device.work().stage == 1
+
+
+@pytest.mark.parametrize("value", [MAX_DIFFERENCE, -MAX_DIFFERENCE])
+def test_after_the_worst_legal_updates_the_weights_are_finite(coordinator: InProcess, tmp_path: Path, value: float) -> None:
+    """The worst that one may send without a plan's bounds: every value at its bound, and all the examples that count."""
+    honest, attacker = start(coordinator, Cohort(size=2), ("pi-1", "pi-2"))
+    work = honest.work()
+    assert honest.send(work).status_code == 200
+    theirs = attacker.work()
+    body = encode({name: np.full_like(array, value) for name, array in attacker.difference(theirs).items()})
+    report = REPORT.model_copy(update={"num_examples": MAX_EXAMPLES})
+    assert attacker.send(theirs, body, report=report).status_code == 200
+    change = moved(coordinator, honest, work, tmp_path)
+    assert all(np.abs(each).max() <= MAX_DIFFERENCE for each in change.values())
