@@ -10,11 +10,14 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import environ, getppid
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from edge_client.assignment import check_assignment, check_sizes
 from edge_client.blobs import BlobCache
 from edge_client.data import DATA_RULES, LocalData
 from edge_client.engines import load_engine
@@ -27,32 +30,38 @@ from edge_client.prepare import prepare_job
 from edge_client.program_files import Fetch
 from edge_client.progress import Say, say
 from edge_client.resident import ResidentTrainer
+from edge_client.rows import file_crc
 from edge_client.supervisor import OUTCOME, PARENT, WORK_STATUS
 from edge_client.trainer import do_job
 from edge_client.transport import Transport
 from edge_client.trust import Verifier
 from lamina.compression import Compression, available_compressions, compress_file
 from lamina.errors import (
+    ConfigError,
     EngineError,
     HashMismatchError,
     LaminaError,
     NotEnrolledError,
     ProtocolError,
     RoundClosedError,
-    StoreError,
+    TensorFileError,
+    TooLargeError,
     UnknownNameError,
-    UnreachableError,
+    UpdateRejectedError,
     all_errors,
     shown,
 )
-from lamina.files import write_durably
+from lamina.files import disk_errors_named, write_durably
 from lamina.manifest import Manifest
 from lamina.names import EngineName
+from lamina.record import Record, explain
 from lamina.tensors import ENCODINGS, max_file_bytes
 from lamina.wire import MAX_JSON_BYTES, Assignment, CardWanted, CheckIn, DeviceRole, Evaluation, Refused, TrainReport, Wait
 
 _CHECKED, _BYTES = "checked.json", "bytes.json"
 _MOST_FAILURES = 5
+_FOR_GOOD = (UpdateRejectedError, TooLargeError, TensorFileError, UnknownNameError, ConfigError, EngineError)
+"""Refusals of an outcome that would be the same the next time; an EngineError is this device's own, after too many deaths."""
 _FIRST_PAUSE_SECONDS = 1.0
 
 
@@ -61,6 +70,7 @@ class Options:
     """What `lamina join` was told. `has_worked`: a job was done since the command began. `trust`: public keys as text.
 
     `role` is `calibrator` for `lamina calibrate`: the same client, with data of the server's own, and other work.
+    `stall_seconds` is how long training may do nothing at most (`edge_client.watchdog`).
     `is_resident` keeps this process and a training process between jobs, instead of one at a time.
     """
 
@@ -78,6 +88,7 @@ class Options:
     allow_unsigned: bool = False
     has_worked: bool = False
     role: DeviceRole = "device"
+    stall_seconds: float = 1800.0
 
 
 def join(
@@ -87,7 +98,8 @@ def join(
     say: Say = say,
 ) -> None:
     """A device in this one process: for programs that embed it. `lamina join` has the supervisor and two processes."""
-    with exclusive(Path(options.state)), connect(options.url) as transport:
+    state = Path(options.state)
+    with disk_errors_named(state), exclusive(state), connect(options.url) as transport:
         load_engine(options.engine)
         device = Device(options, transport, enrolment_token, say)
         while job := device.next_job():
@@ -103,7 +115,10 @@ class Device:
         self._options, self._transport, self._say = options, transport, say
         self._state = Path(options.state)
         self._work = self._state / "work"
-        self._work.mkdir(parents=True, exist_ok=True)
+        self._work.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for folder in (self._state, self._work):
+            for unfinished in folder.glob(".*.partial"):  # of a write that was killed
+                unfinished.unlink()
         self._verifier = Verifier(self._state, options.trust, options.allow_unsigned, transport.url, say)
         self._data = LocalData(Path(options.data), self._state / "data")
         identity = load_or_enrol(self._state, options.name, transport, enrolment_token)
@@ -154,6 +169,7 @@ class Device:
         if (work.phase == "calibrate") != (self._options.role == "calibrator"):
             raise ProtocolError(f"the coordinator gave a {self._options.role} work of phase {work.phase!r}; update it")
         manifest = self._load_manifest(work.manifest)
+        check_assignment(work, manifest, self._data.modalities)
         self._check_data(manifest, work)
         fetch = self._fetcher(manifest, work)
         job = prepare_job(
@@ -168,6 +184,7 @@ class Device:
             self._transport.url,
             self._options.disk_bytes,
         )
+        job = replace(job, stall_seconds=self._options.stall_seconds)
         blobs = {
             work.manifest,
             *work.weights.values(),
@@ -183,22 +200,33 @@ class Device:
     def _deliver(self) -> None:
         """Sends what became of the last job, if it was done; the work folder is empty afterwards.
 
-        Where the coordinator is out of reach or its disk is full, the outcome stays, and the same command sends it later.
+        Where the coordinator is out of reach, its disk is full or its answer is none, the outcome stays, and the same command
+        sends it later. What it refuses for good is dropped.
         """
         outcome = read_outcome(self._work)
-        if outcome is None or not (self._work / JOB).is_file():
+        job = self._last_job()
+        if outcome is None or job is None:
             return
-        job = Job.read(self._work / JOB)
         try:
             self._send(job, outcome)
-        except (UnreachableError, StoreError):
-            raise
         except RoundClosedError as error:
             self._say(f"too late: {error.message}; checking in again")
-        except LaminaError:
+        except _FOR_GOOD:
             self._clear_work()
             raise
         self._clear_work()
+
+    def _last_job(self) -> Job | None:
+        """The job in the work folder; None if there is none, or one that this version of lamina cannot read."""
+        path = self._work / JOB
+        if not path.is_file():
+            return None
+        try:
+            return Job.read(path)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._say(f"{path} is damaged, or of another version of lamina; its work is done again")
+            self._clear_work()
+            return None
 
     def _clear_work(self) -> None:
         for name in (OUTCOME, JOB, UPDATE, PACKED):
@@ -207,24 +235,33 @@ class Device:
     def _send(self, job: Job, outcome: dict[str, Any]) -> None:
         kind = outcome.pop("kind")
         if kind == "error":
+            self._clear_work()
             raise all_errors().get(outcome["code"], EngineError)(outcome["message"])
         if kind == "again":
             self._say(outcome["reason"])
         elif kind == "died":
             self._note_failure(job, outcome["how"])
+        elif kind == "trained" and self._is_update_damaged(outcome.pop("update_crc", None)):
+            self._note_failure(job, "its update was damaged on this disk")
         elif kind == "evaluated":
-            self._transport.put_evaluation(job.run, job.stage, job.round, Evaluation(**outcome))
+            self._transport.put_evaluation(job.run, job.stage, job.round, _record(Evaluation, **outcome))
             self._say(f"{job.where}: evaluated, {outcome['correct']} of {outcome['num_examples']} correct")
             self._job_is_done()
         else:
             self._send_update(job, outcome)
             self._job_is_done()
 
+    def _is_update_damaged(self, crc: int | None) -> bool:
+        """Whether the update is not the one that was trained; without a CRC, it is of a version that wrote none."""
+        path = self._work / UPDATE
+        return not path.is_file() or (crc is not None and file_crc(path) != crc)
+
     def _send_update(self, job: Job, outcome: dict[str, Any]) -> None:
         file, compression = self._packed_update(job)
         failures = self._failures(job)
         down, up = self._transport.bytes_down, self._transport.bytes_up + file.stat().st_size
-        report = TrainReport(
+        report = _record(
+            TrainReport,
             num_examples=outcome["num_examples"],
             loss=outcome["loss"],
             train_seconds=outcome["train_seconds"],
@@ -278,7 +315,8 @@ class Device:
         self._has_worked = True  # also if it is the work of an earlier command
 
     def _facts(self) -> CheckIn:
-        return CheckIn(
+        return _record(
+            CheckIn,
             engine=self._options.engine,
             modalities=self._data.modalities,
             train_examples=self._data.train_examples,
@@ -310,7 +348,9 @@ class Device:
         """The run's manifest, if it is signed as it must be."""
         if self._manifest is None or self._manifest[0] != digest:
             self._verifier.check(digest, self._transport.signature)
-            self._manifest = (digest, Manifest.from_file(self._blobs.get(digest, MAX_JSON_BYTES)))
+            manifest = Manifest.from_file(self._blobs.get(digest, MAX_JSON_BYTES))
+            check_sizes(manifest)
+            self._manifest = (digest, manifest)
         return self._manifest[1]
 
     def _check_data(self, manifest: Manifest, work: Assignment) -> None:
@@ -354,6 +394,17 @@ class Device:
             path.unlink()
 
 
+Message = TypeVar("Message", bound=Record)
+
+
+def _record(kind: type[Message], **values: Any) -> Message:
+    """A message of this device. Raises ConfigError for a value that no message may hold."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        raise ConfigError(f"this device cannot say so to a coordinator: {explain(error, kind)}") from error
+
+
 def _key(job: Job) -> list[Any]:
     return [job.run, job.stage, job.round, job.phase]
 
@@ -381,17 +432,22 @@ def main() -> int:
     options = Options(**json.loads(sys.argv[1]))
     token_file = Path(options.token_file) if options.token_file else None
     try:
-        with Transport(options.url) as transport:
-            device = Device(options, transport, lambda: read_enrolment_token(token_file))
-            if not options.is_resident:
-                return WORK_STATUS if device.next_job() else 0
-            trainer = ResidentTrainer()
-            while device.next_job():
-                trainer.do_job(Path(options.state) / "work")
-            return 0
+        with disk_errors_named(Path(options.state)), Transport(options.url) as transport:
+            return _run(options, transport, token_file)
     except LaminaError as error:
         sys.stderr.write(shown(error))
         return 1
+
+
+def _run(options: Options, transport: Transport, token_file: Path | None) -> int:
+    device = Device(options, transport, lambda: read_enrolment_token(token_file))
+    if not options.is_resident:
+        return WORK_STATUS if device.next_job() else 0
+    trainer = ResidentTrainer()
+    while device.next_job():
+        if not trainer.do_job(Path(options.state) / "work"):
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -25,12 +25,21 @@ _MOST_BYTES = 1 << 19
 
 
 class Lease:
-    def __init__(self, job: Job, say: Say, ask: Ask | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._job, self._say, self._ask, self._clock = job, say, ask or check_in, clock
+    def __init__(
+        self,
+        job: Job,
+        say: Say,
+        ask: Ask | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_step` is called with every `keep`, and again after a question, which takes time of its own."""
+        self._job, self._say, self._ask, self._clock, self._on_step = job, say, ask or check_in, clock, on_step
         self._renew_at = clock() + _pause(job.heartbeat.lease_seconds) if job.heartbeat else float("inf")
 
     def keep(self) -> None:
         """Cheap; to be called after every batch. Raises RoundClosedError when the work is no longer wanted."""
+        self._on_step()
         if self._clock() < self._renew_at:
             return
         assert self._job.heartbeat is not None
@@ -41,6 +50,7 @@ class Lease:
             # The work goes on: the coordinator may be back before it is done, and the upload tries for long.
             self._say(f"the coordinator did not answer ({printable(str(error))}); training goes on")
         self._renew_at = self._clock() + _pause(lease_seconds)
+        self._on_step()
 
     def _renewed(self, answer: Any) -> float:
         """The seconds of the new lease. Raises OSError for an answer that is none, RoundClosedError for another one."""

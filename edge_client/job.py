@@ -175,6 +175,8 @@ class Job:
     """What the device keeps from one round of a stage to the next (`edge_client.kept`); empty: nothing."""
     teacher: tuple[SegmentFile, ...] = ()
     """The segments that `teacher` references are taken from."""
+    stall_seconds: float = 1800.0
+    """So long at most the training process may do no batch and no feature rows (`edge_client.watchdog`)."""
 
     @property
     def trains(self) -> bool:

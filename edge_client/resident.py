@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 from edge_client.outcome import write_outcome
-from edge_client.supervisor import PARENT, describe
+from edge_client.supervisor import PARENT, STORE_STATUS, describe
 
 
 class ResidentTrainer:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def do_job(self, work: Path) -> None:
-        """Returns when the job in this folder has an outcome, be it that the process died."""
+    def do_job(self, work: Path) -> bool:
+        """True when the job in this folder has an outcome, be it that the process died; False if the disk took none."""
         if self._process is None:
             command = [sys.executable, "-P", "-m", "edge_client.trainer", "--serve"]
             own = {**os.environ, PARENT: str(os.getpid())}
@@ -30,5 +30,9 @@ class ResidentTrainer:
         except BrokenPipeError:  # it died between two jobs
             is_done = False
         if not is_done:
-            write_outcome(work, "died", how=describe(self._process.wait()))
+            status = self._process.wait()
             self._process = None
+            if status == STORE_STATUS:
+                return False
+            write_outcome(work, "died", how=describe(status))
+        return True

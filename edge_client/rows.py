@@ -8,6 +8,7 @@ its pressure.
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -164,7 +165,8 @@ class RowWriter:
         return self._crc
 
     def abandon(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # closing writes what is left, and on a full disk that fails once more
+            self._file.close()
         self.path.unlink(missing_ok=True)
 
 

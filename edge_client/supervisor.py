@@ -9,6 +9,7 @@ process reports it and decides what next. Run as a file in Python's isolated mod
 lamina.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -18,9 +19,11 @@ import time
 from types import FrameType
 from typing import IO, Any
 
-# The three names that all processes share; the other two import them from here, because this one imports nothing of ours.
+# The names that all processes share; the other two import them from here, because this one imports nothing of ours.
 WORK_STATUS = 75
 """With this exit status the talking process says that a job lies in the work folder."""
+STORE_STATUS = 74
+"""With this one the training process says that the disk did not take its outcome; it has told why, and it did not die."""
 OUTCOME = "outcome.json"
 """What became of the job in a work folder (`edge_client.outcome`)."""
 PARENT = "LAMINA_PARENT"
@@ -34,8 +37,12 @@ def main() -> int:
     os.environ[PARENT] = str(os.getpid())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    os.makedirs(options["state"], mode=0o700, exist_ok=True)  # noqa: PTH103 (pathlib is 1 MiB)
-    lock = _lock(options["state"])
+    os.umask(0o077)  # what a device keeps is nobody else's business
+    try:
+        os.makedirs(options["state"], mode=0o700, exist_ok=True)  # noqa: PTH103 (pathlib is 1 MiB)
+        lock = _lock(options["state"])
+    except OSError as error:
+        return _disk_failed(options["state"], error)
     if lock is None:
         _say(f"error [config]: another process uses {options['state']}; give each device its own --state folder")
         return 1
@@ -48,8 +55,10 @@ def main() -> int:
         options["has_worked"] = True
         outcome = _run("edge_client.trainer", work)
         status = 0
-        if outcome and not _is_stopping:
-            _write_down(work, describe(outcome))
+        if outcome == STORE_STATUS:
+            status = 1
+        elif outcome and not _is_stopping:
+            status = _write_down(work, describe(outcome))
     if _is_stopping:
         _say("stopped; run the same command to go on where this device was")
         return 0
@@ -90,15 +99,31 @@ def describe(status: int) -> str:
     """How a process ended: its status, or the negative number of a signal."""
     if status >= 0:
         return f"it ended with status {status}"
-    killed = " (when nobody sent it, the kernel did for want of memory)" if status == -signal.SIGKILL else ""
-    return f"it was ended by {signal.Signals(-status).name}{killed}"
+    return f"it was ended by {signal.Signals(-status).name}{_WHY.get(-status, '')}"
 
 
-def _write_down(work: str, how: str) -> None:
+_WHY: dict[int, str] = {
+    signal.SIGKILL: " (when nobody sent it, the kernel did for want of memory)",
+    signal.SIGALRM: " (it did no batch and no feature rows for too long)",
+}
+
+
+def _write_down(work: str, how: str) -> int:
+    """Notes that the trainer died. Status 1 if the disk does not take it; the work is then simply done again."""
     path = os.path.join(work, OUTCOME)  # noqa: PTH118
-    with open(path + ".partial", "w") as file:  # noqa: PTH123
-        json.dump({"kind": "died", "how": how}, file)
-    os.replace(path + ".partial", path)  # noqa: PTH105
+    try:
+        with open(path + ".partial", "w") as file:  # noqa: PTH123
+            json.dump({"kind": "died", "how": how}, file)
+        os.replace(path + ".partial", path)  # noqa: PTH105
+    except OSError as error:
+        return _disk_failed(work, error)
+    return 0
+
+
+def _disk_failed(folder: str, error: OSError) -> int:
+    code = "disk-full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "store"
+    _say(f"error [{code}]: {error.strerror}: {error.filename or folder}; mend that and run the same command: nothing was lost")
+    return 1
 
 
 def _say(line: str) -> None:

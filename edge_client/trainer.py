@@ -9,6 +9,7 @@ Whatever the runtime does, an abort, a segmentation fault, the kernel's out-of-m
 
 import signal
 import sys
+import zlib
 from pathlib import Path
 
 from edge_client import versions
@@ -22,34 +23,49 @@ from edge_client.outcome import JOB, UPDATE, write_outcome
 from edge_client.progress import Say, say
 from edge_client.rows import RowFile, RowSource
 from edge_client.stage_model import StageModel
+from edge_client.supervisor import STORE_STATUS
 from edge_client.train import Evaluated, Inputs, Trained, epoch_inputs, evaluate, fresh_optimizer, shuffler, train_round
-from lamina.errors import LaminaError, shown
+from edge_client.watchdog import Watchdog
+from lamina.errors import LaminaError, StoreError, shown
+from lamina.files import disk_errors_named, write_durably
 from lamina.names import LABEL
 from lamina.tensors import encode
 
 
 def do_job(job: Job, say: Say = say, lease: Lease | None = None) -> None:
-    """Does a job and writes its outcome; an error that lamina names is an outcome as well."""
+    """Does a job and writes its outcome; an error that lamina names is an outcome as well.
+
+    Raises StoreError if the disk does not even take the outcome.
+    """
     folder = Path(job.work_folder)
     lease = lease or Lease(job, say)
-    try:
-        engine = load_engine(job.engine)
-        views = features(job, engine, say, lease)
-        model = stage_model(job, engine)
+    with disk_errors_named(folder):
         try:
-            result = work(model, views, job, say, lease)
-        finally:
-            model.close()
-        if isinstance(result, Evaluated):
-            write_outcome(folder, "evaluated", **vars(result))
-            return
-        model.subtract_weights()
-        (folder / UPDATE).write_bytes(update_file(model, job))
-        write_outcome(folder, "trained", **vars(result), peak_bytes=peak_bytes())
-    except FeaturesLostError as error:
-        write_outcome(folder, "again", reason=f"features of {error} have to be made again")
-    except LaminaError as error:
-        write_outcome(folder, "error", code=error.code, message=error.message)
+            with disk_errors_named(folder):
+                _do(job, folder, say, lease)
+        except FeaturesLostError as error:
+            write_outcome(folder, "again", reason=f"features of {error} have to be made again")
+        except LaminaError as error:
+            write_outcome(folder, "error", code=error.code, message=error.message)
+        except MemoryError as error:
+            write_outcome(folder, "died", how=f"memory ran out: {error}"[:200])
+
+
+def _do(job: Job, folder: Path, say: Say, lease: Lease) -> None:
+    engine = load_engine(job.engine)
+    views = features(job, engine, say, lease)
+    model = stage_model(job, engine)
+    try:
+        result = work(model, views, job, say, lease)
+    finally:
+        model.close()
+    if isinstance(result, Evaluated):
+        write_outcome(folder, "evaluated", **vars(result))
+        return
+    model.subtract_weights()
+    update = update_file(model, job)
+    write_durably(folder / UPDATE, update)
+    write_outcome(folder, "trained", **vars(result), peak_bytes=peak_bytes(), update_crc=zlib.crc32(update))
 
 
 def features(job: Job, engine: Engine, say: Say, lease: Lease) -> list[Inputs]:
@@ -144,11 +160,25 @@ def main() -> int:
     offer_to_the_memory_killer()
     if sys.argv[1] == "--serve":
         for line in sys.stdin:
-            do_job(Job.read(Path(line.strip()) / JOB))
+            if status := _do_watched(Path(line.strip())):
+                return status
             sys.stdout.write("done\n")
             sys.stdout.flush()
         return 0
-    do_job(Job.read(Path(sys.argv[1]) / JOB))
+    return _do_watched(Path(sys.argv[1]))
+
+
+def _do_watched(work_folder: Path) -> int:
+    """Does the job of a folder, with an eye on the time. STORE_STATUS if the disk did not take its outcome."""
+    job = Job.read(work_folder / JOB)
+    watchdog = Watchdog(job.stall_seconds)
+    try:
+        do_job(job, lease=Lease(job, say, on_step=watchdog.fed))
+    except StoreError as error:
+        sys.stderr.write(shown(error))
+        return STORE_STATUS
+    finally:
+        watchdog.stop()
     return 0
 
 

@@ -92,7 +92,7 @@ class Connection:
         """The answer with its body unread.
 
         The request brings digests of its head and, where that is known beforehand, of its body (`lamina.digests`).
-        Raises httpx.TransportError for trouble that may pass; ConfigError, TlsError or ProtocolError for what never does.
+        Raises httpx.TransportError for trouble that may pass; TlsError or ProtocolError for what never does.
         """
         sent = dict(headers)
         if isinstance(body, bytes):
@@ -156,7 +156,7 @@ class Connection:
             ) from error
         if cause.reason in _SPEAKS_HTTP and not self._is_proxy_secure:
             address = self.url.replace("https:", "http:", 1)
-            raise ConfigError(f"the coordinator at {self.url}{self.way} speaks http, not https: use {address}") from error
+            raise TlsError(f"the coordinator at {self.url}{self.way} speaks http, not https: use {address}") from error
         raise TlsError(f"no secure connection to {self.url}{self.way} comes about: {printable(str(cause))}") from error
 
 

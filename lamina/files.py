@@ -2,9 +2,11 @@
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from lamina.errors import DiskFullError
+from lamina.errors import DiskFullError, StoreError
 
 PRIVATE = 0o600
 """Mode of a file that holds a secret: from its first moment on, nobody else can read it."""
@@ -43,3 +45,24 @@ def raise_if_full(error: OSError, path: Path) -> None:
     """Raises DiskFullError if that is what the operating system said."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise DiskFullError(f"no space left on the disk of {path.parent}: free some and try again; nothing was lost") from error
+
+
+_OF_THE_DISK = (errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextmanager
+def disk_errors_named(folder: Path) -> Iterator[None]:
+    """For a whole process that writes below a folder: no write of it ends in a traceback.
+
+    Raises DiskFullError where the disk is full, StoreError where it fails or may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = Path(error.filename) if isinstance(error.filename, str) else folder / "any"
+        raise_if_full(error, path)
+        if error.errno in _OF_THE_DISK:
+            raise StoreError(
+                f"{error.filename or folder} cannot be written or read: {error.strerror}; nothing was lost"
+            ) from error
+        raise

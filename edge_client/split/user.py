@@ -25,6 +25,7 @@ from edge_client.split.transport import SplitTransport
 from edge_client.trust import Verifier
 from lamina.compression import available_compressions
 from lamina.errors import HashMismatchError, ProtocolError, RoundClosedError, UnknownNameError
+from lamina.files import disk_errors_named
 from lamina.names import EngineName
 from lamina.split import SplitPlan
 from lamina.split_bodies import pack
@@ -56,7 +57,8 @@ def join_split(
     say: Say = say,
 ) -> None:
     """Takes part until stopped, or with `until_finished` until no split run is open after some work was done."""
-    with exclusive(Path(options.state)), connect(options.url) as transport:
+    state = Path(options.state)
+    with disk_errors_named(state), exclusive(state), connect(options.url) as transport:
         user = SplitUser(options, transport, enrolment_token, say)
         while user.work_once():
             pass

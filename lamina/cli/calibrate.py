@@ -27,6 +27,7 @@ def calibrate(
     run: options.Run = None,
     until_finished: options.UntilFinished = False,
     resident: options.Resident = False,
+    stall_minutes: options.StallMinutes = 30.0,
     trust: options.Trust = None,
     allow_unsigned: options.AllowUnsigned = False,
 ) -> None:
@@ -49,5 +50,6 @@ def calibrate(
         resident,
         trust,
         allow_unsigned,
+        stall_seconds=60 * stall_minutes,
         role="calibrator",
     )

@@ -38,6 +38,15 @@ Resident = Annotated[
         "holds about 55 MiB more.",
     ),
 ]
+StallMinutes = Annotated[
+    float,
+    typer.Option(
+        min=0.01,
+        max=10_000,
+        help="So long at most the training process may do no batch and no feature rows: then it is ended, which is one failed "
+        "attempt. After the first batch, 50 times the longest one so far is enough, but never less than ten minutes.",
+    ),
+]
 Trust = Annotated[
     list[str] | None,
     typer.Option(
@@ -65,7 +74,7 @@ def start_client(
     resident: bool,
     trust: list[str] | None,
     allow_unsigned: bool,
-    **more: str | int | None,
+    **more: str | int | float | None,
 ) -> NoReturn:
     """This process becomes the client; `more` are further options of `edge_client.device.Options`."""
     from edge_client.start import start

@@ -32,6 +32,7 @@ def join(
             "stored.",
         ),
     ] = None,
+    stall_minutes: options.StallMinutes = 30.0,
     trust: options.Trust = None,
     allow_unsigned: options.AllowUnsigned = False,
 ) -> None:
@@ -53,5 +54,6 @@ def join(
         resident,
         trust,
         allow_unsigned,
+        stall_seconds=60 * stall_minutes,
         disk_bytes=None if disk_mb is None else disk_mb * 10**6,
     )

@@ -4,7 +4,6 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import httpx
@@ -12,44 +11,13 @@ import numpy as np
 import pytest
 
 from edge_client.device import Options, join
-from edge_client.transport import Transport
 from lamina.errors import ConfigError, DataError, NotEnrolledError, ProtocolError, UnknownNameError
 from lamina.manifest import ENGINES
 from lamina.tensors import decode_file, hash_bytes
 from lamina.wire import CheckIn, Enrolled, Refused, Wait
-from tests.edge_client.fake_coordinator import ENROLMENT_TOKEN, FakeCoordinator, answer, problem
+from tests.edge_client.conftest import Stopped
+from tests.edge_client.fake_coordinator import FakeCoordinator, answer, problem
 from tests.edge_client.tiny import LAYERS, initial_weights
-
-
-class Stopped(Exception):
-    """Ends a device that would wait for ever."""
-
-
-@pytest.fixture
-def start(tmp_path, data_file):
-    """start(coordinator) runs a device to the end of all runs; gives what it said."""
-
-    def run(coordinator, name="attic", engine="onnxruntime", **options):
-        said, pauses = [], []
-
-        def sleep(seconds):
-            pauses.append(seconds)
-            if len(pauses) > 3:
-                raise Stopped(said[-1])
-
-        connect = partial(Transport, transport=httpx.MockTransport(coordinator), say=said.append, sleep=sleep)
-        options = {"until_finished": True, "state": tmp_path / "state", "data": data_file} | options
-        options |= {key: str(options[key]) for key in ("state", "data")}
-        chosen = Options("http://coordinator", name=name, engine=engine, **options)
-        join(chosen, lambda: ENROLMENT_TOKEN, connect, said.append)
-        return said
-
-    return run
-
-
-@pytest.fixture
-def coordinator(programs):
-    return FakeCoordinator(*programs.bundle("onnxruntime", rounds=2))
 
 
 def downloads(coordinator):

@@ -331,7 +331,7 @@ def test_https_to_a_coordinator_that_speaks_http_is_named_at_once():
             lambda: Transport(address, "t").check_in(CHECK_IN),
             lambda: Client(address, "t").runs(),
         ):
-            with pytest.raises(ConfigError, match=f"speaks http, not https: use http://127.0.0.1:{server.port}"):
+            with pytest.raises(TlsError, match=f"speaks http, not https: use http://127.0.0.1:{server.port}"):
                 ask()
         assert time.monotonic() - started < 10
 

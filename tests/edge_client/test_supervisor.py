@@ -69,7 +69,7 @@ def start(tmp_path, data_file, served):
         } | changes
         environment = {**os.environ, "LAMINA_TOKEN": ENROLMENT_TOKEN}
         if extra_path:
-            environment["PYTHONPATH"] = str(extra_path)
+            environment["PYTHONPATH"] = os.pathsep.join([str(extra_path), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = [sys.executable, "-I", "-S", str(SUPERVISOR), json.dumps(options)]
         running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
         return running[-1]
