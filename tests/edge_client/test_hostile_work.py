@@ -1,6 +1,5 @@
 """Work that a coordinator cannot mean, uploads that are damaged on their way, and programs that never end."""
 
-
 import httpx
 import pytest
 
