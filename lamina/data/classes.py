@@ -95,7 +95,7 @@ def choose_classes(count: int, labels: Mapping[str, int] | None, names: tuple[st
         often = sorted(found, key=lambda name: (-words[name], name))
         for name in often[count:]:
             strange[name] = (
-                f"label {_short(name)} is one name too many: the model has {count} classes, and others are more frequent"
+                f"label {_short(name)} is one name too many for {count} classes; the others are at least as frequent"
             )
         found = sorted(often[:count])
     elif len(found) < count:
@@ -165,7 +165,7 @@ def _is_number(label: str) -> bool:
     if is_no_label(label):
         return False
     try:
-        float(label)
+        float(label.replace(",", "."))  # a decimal comma makes no name of it
     except ValueError:
         return False
     return True

@@ -161,7 +161,7 @@ def test_names_that_are_too_many_are_named_with_their_row_and_hide_no_other_faul
     assert found[1:] == [
         "examples.csv line 4 (a.png): is the same example as examples.csv line 2 (a.png)",
         "examples.csv line 5 (none.png): image none.png: the file is missing",
-        "examples.csv line 6 (b.png): label 'z' is one name too many: the model has 2 classes, and others are more frequent",
+        "examples.csv line 6 (b.png): label 'z' is one name too many for 2 classes; the others are at least as frequent",
         "examples.csv line 6 (b.png): is the same example as examples.csv line 3 (b.png)",
     ]
     with pytest.raises(DataError, match=r"5 faults; mend them:\n.* the source has 3 class names"):
@@ -559,3 +559,12 @@ def test_an_image_that_is_a_line_and_a_sound_of_no_rate_are_refused(tmp_path):
 def test_a_path_that_no_disk_takes_is_a_fault(tmp_path):
     (found,) = faults_of(write_table(tmp_path / "d", ("file", "label"), [("x" * 5000, 1)]), make_model(PICTURE))
     assert "the file cannot be read: File name too long" in found
+
+
+def test_labels_that_are_numbers_with_a_decimal_comma_are_no_names(tmp_path):
+    report = check(str(labelled(tmp_path / "d", ['"1,0"', '"0,0"'])), make_model(PICTURE), ALL_TRAIN)
+    assert report.names is None
+    assert [fault.split(": ")[1] for fault in report.faults.lines()] == [
+        "label '1,0' is not an integer; expected one in 0..1; class names need --classes",
+        "label '0,0' is not an integer; expected one in 0..1; class names need --classes",
+    ]
