@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from coordinator.bounds import Size, count_within_bounds
+from coordinator.bounds import MOST_MEDIANS, Size, count_within_bounds
 from coordinator.house import House
 from coordinator.modalities import from_text, is_measured_alike
 from coordinator.rounds import is_calibrated
@@ -56,8 +56,6 @@ def _transfers(session: Session, plan: Plan, row: RoundRow) -> list[str]:
 def _bounded(session: Session, manifest: Manifest, row: RoundRow) -> list[str]:
     """The updates of which the plan's bounds let only a part count; how long they are next to others shows once all are in."""
     cohort = manifest.plan.cohort
-    if cohort.max_examples is None and cohort.max_norm is None:
-        return []
     rows = session.execute(
         select(SHOWN_NAME, UpdateRow)
         .join(DeviceRow, DeviceRow.id == UpdateRow.device_id)
@@ -73,7 +71,7 @@ def _bounded(session: Session, manifest: Manifest, row: RoundRow) -> list[str]:
             notes.append(f"{name} counts with {told} (cohort.max_examples)")
         if counted.scale < 1 and row.phase != "training":
             length = f"its update of norm {update.norm or 0:.4g} is {counted.ratio:.4g} times the median of the round"
-            notes.append(f"{name} is clipped: {length}, at most {cohort.max_norm:g} count (cohort.max_norm)")
+            notes.append(f"{name} is clipped: {length}, at most {cohort.max_norm or MOST_MEDIANS:g} count (cohort.max_norm)")
     if cohort.max_norm is not None and len(sizes) == 1 and row.phase != "training":
         notes.append(
             f"cohort.max_norm: {rows[0][0]} sent the only update, which has no other to compare with and counts as it is"

@@ -190,7 +190,7 @@ class Cohort(Record):
     a stage and after its last one; 0: never.
 
     An update counts with at most `max_examples` examples. One whose difference is longer than `max_norm` times the median of
-    the round is shortened to that (`coordinator.bounds`). None: no such bound.
+    the round is shortened to that (`coordinator.bounds`). None: no bound to the examples, and 100 times the median.
     """
 
     size: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 4

@@ -9,7 +9,7 @@ from coordinator_harness import REPORT, Device, InProcess, make_bundle, problem_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.bounds import Size, count_within_bounds
+from coordinator.bounds import MOST_MEDIANS, Size, count_within_bounds
 from coordinator.losses import MAX_EXAMPLES
 from coordinator.slots import MAX_DIFFERENCE
 from lamina.plan import Cohort
@@ -25,8 +25,17 @@ def sizes(*norms: float, examples: int = 10) -> list[Size]:
 
 
 def test_without_bounds_everything_counts() -> None:
-    counted = count_within_bounds(Cohort(), sizes(1.0, 2.0, 1e9, examples=2**40))
-    assert [(each.num_examples, each.scale) for each in counted] == [(2**40, 1.0)] * 3
+    for norms in ((1.0, 2.0, 99.0), (0.0, 0.0, 9.0), (0.0, 9.0), (9.0,)):
+        counted = count_within_bounds(Cohort(), sizes(*norms, examples=2**40))
+        assert [(each.num_examples, each.scale) for each in counted] == [(2**40, 1.0)] * len(norms)
+
+
+@pytest.mark.parametrize("norms", [(1.0, 1e6), (1.0, 1.0, 1e6), (1.0, 1e6, 1.0, 1e6)])
+def test_without_bounds_no_update_is_longer_than_a_hundred_medians(norms: tuple[float, ...]) -> None:
+    counted = count_within_bounds(Cohort(), sizes(*norms))
+    assert [norm * each.scale for norm, each in zip(norms, counted, strict=True)] == pytest.approx(
+        [min(norm, MOST_MEDIANS) for norm in norms]
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,5 +200,10 @@ def test_after_the_worst_legal_updates_the_weights_are_finite(coordinator: InPro
     body = encode({name: np.full_like(array, value) for name, array in attacker.difference(theirs).items()})
     report = REPORT.model_copy(update={"num_examples": MAX_EXAMPLES})
     assert attacker.send(theirs, body, report=report).status_code == 200
-    change = moved(coordinator, honest, work, tmp_path)
-    assert all(np.abs(each).max() <= MAX_DIFFERENCE for each in change.values())
+    length = np.sqrt(
+        np.mean(np.concatenate([each.ravel() for each in honest.difference(work).values()]) ** 2, dtype=np.float64)
+    )
+    change = np.concatenate([each.ravel() for each in moved(coordinator, honest, work, tmp_path).values()])
+    assert np.sqrt(np.mean(change**2)) == pytest.approx(MOST_MEDIANS * length, rel=1e-2)
+    (row, *_) = coordinator.status().rounds
+    assert "pi-2 is clipped" in row.notes[0] and "at most 100 count" in row.notes[0]
