@@ -34,7 +34,7 @@ from export.toolchain import check_folder, tool_versions, write_bundle
 from export.worker import LoweredProgram, lower, lowering_pool
 from lamina import __version__
 from lamina.bundle import hash_file
-from lamina.errors import ConfigError, ExportError
+from lamina.errors import ConfigError, CutError, ExportError
 from lamina.keys import own_key
 from lamina.manifest import ENGINES, EngineName, Manifest, PartialStage, Rewrite, StageCost, StagePrograms
 from lamina.model import SelfSupervised
@@ -90,8 +90,8 @@ def export_bundle(
     segments = find_segments(model, plan.model)
     zeroed = zero_late_layers(segments, plan)
     plan = freeze_fixed(plan, fixed_segments(segments, plan.model))
-    weights = {name: _file(trained(module)) for name, module in segments.items()}
-    constants = {name: _file(tensors) for name, module in segments.items() if (tensors := parameters.frozen(module))}
+    weights = {name: _file(name, trained(module)) for name, module in segments.items()}
+    constants = {name: _file(name, tensors) for name, module in segments.items() if (tensors := parameters.frozen(module))}
     initial = {name: hash_bytes(data) for name, data in weights.items()}
     kept = {name: hash_bytes(data) for name, data in constants.items()}
     check_folder(folder, lambda path: _other_plan(path, plan, initial, kept))
@@ -381,7 +381,13 @@ def _frozen_bytes(name: str, module: nn.Module, plan: Plan) -> int:
     return _file_bytes(specs, "fp32") if specs else 0
 
 
-def _file(tensors: Mapping[str, Tensor]) -> bytes:
+def _file(name: str, tensors: Mapping[str, Tensor]) -> bytes:
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise CutError(
+                f"parameter {key!r} of {name} holds NaN or infinity, which no device takes; in a mask, write a large negative "
+                "number such as -1e9 for -inf"
+            )
     return encode({key: value.detach().numpy() for key, value in tensors.items()})
 
 

@@ -9,7 +9,9 @@ from torch import nn
 from export.assemble import assemble, load_weights
 from export.bundle import export_bundle
 from export.cut import find_segments
+from export.fit import Base, fits
 from export.models import build_model
+from export.needs import stage_needs
 from export.parameters import frozen, trained
 from export.recipe import resolve
 from export.report import plan_costs
@@ -150,6 +152,25 @@ def test_a_model_without_anything_to_train_is_refused(tmp_path, program_cache):
     resolved.model.requires_grad_(False)
     with pytest.raises(CutError, match="stage 0 trains nothing"):
         export(tmp_path / "bundle", program_cache, resolved)
+
+
+def test_a_frozen_mask_of_minus_infinity_is_refused_with_its_name_and_the_way_out(tmp_path, program_cache):
+    resolved = read("adapted")
+    with torch.no_grad():
+        resolved.model.segments()[LAYER].base.bias[0] = -torch.inf
+    with pytest.raises(CutError, match=r"'base.bias' of signal.layers.0 holds NaN or infinity.*-1e9"):
+        export(tmp_path / "bundle", program_cache, resolved)
+
+
+@pytest.mark.parametrize("factory", ["adapted", "all_frozen"])
+def test_a_prediction_of_memory_counts_them_once(factory):
+    """No gradient and no moments: a number that is frozen is four bytes, one that is trained sixteen."""
+    first = stage_needs(read(factory).plan)[0]
+    assert first.held_values == (CONSTANT if factory == "adapted" else 0)
+    trained_too = read("adapted")
+    assert first.parameters < sum(value.numel() for value in trained_too.model.parameters())
+    plan = next(fits(read(factory).plan, "torch", Base(1, 1, 1), memory_bytes=1 << 30)).plan
+    assert plan.stages == read(factory).plan.stages
 
 
 SELF_SUPERVISED = {
