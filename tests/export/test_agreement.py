@@ -21,7 +21,7 @@ from lamina.names import EngineName
 from tests.export.menu import MENU, STEMS
 
 FEW = settings(
-    max_examples=20,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     database=None,
