@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated
 
-from fastapi import BackgroundTasks, Depends, FastAPI, Header, Path, Query, Request, Response
+from fastapi import BackgroundTasks, Depends, FastAPI, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from coordinator import (
@@ -37,6 +37,7 @@ from coordinator.split.runtime import Runtime
 from coordinator.timeline import Clock
 from lamina.bounds import MAX_COUNT
 from lamina.errors import ProtocolError
+from lamina.printable import printable
 from lamina.record import Record
 from lamina.tensors import max_file_bytes
 from lamina.wire import (
@@ -52,7 +53,6 @@ from lamina.wire import (
     TrainReport,
 )
 
-Authorization = Annotated[str | None, Header()]
 Most = Annotated[int, Query(ge=1, le=10_000)]
 Index = Annotated[int, Path(ge=0, le=MAX_COUNT)]
 
@@ -83,24 +83,13 @@ def create_app(
     install(app)
     app.add_middleware(Integrity)
 
-    def as_enroller(authorization: Authorization = None) -> bool:
-        return house.tokens.require_enrolment(authorization)
-
-    def as_admin(authorization: Authorization = None) -> None:
-        house.tokens.require_admin(authorization)
-
-    def as_device(authorization: Authorization = None) -> str:
-        return house.tokens.require_device(authorization)
-
-    def as_anyone_known(authorization: Authorization = None) -> None:
-        house.tokens.require_any(authorization)
-
     # Dependencies run in the order of the parameters: nobody's body is read before he has shown his token.
-    Enroller = Annotated[bool, Depends(as_enroller)]
-    Admin = Annotated[None, Depends(as_admin)]
-    Device = Annotated[str, Depends(as_device)]
-    Known = Annotated[None, Depends(as_anyone_known)]
+    Enroller = Annotated[bool, Depends(house.gate.enroller)]
+    Admin = Annotated[None, Depends(house.gate.admin)]
+    Device = Annotated[str, Depends(house.gate.device)]
+    Known = Annotated[None, Depends(house.gate.known)]
     Json = Annotated[bytes, Depends(bodies.read_json)]
+    in_flight = bodies.InFlight(bodies.MOST_UPDATES)
 
     @app.get("/v1/health")
     def health() -> dict[str, str]:
@@ -168,8 +157,11 @@ def create_app(
         return Response(status_code=201)
 
     @app.post("/v1/runs")
-    def publish_run(_: Admin, body: Json, request: Request) -> Response:
-        return _json(publish.publish(house, body, request.headers.get(SIGNATURE_HEADER)), 201)
+    async def publish_run(_: Admin, request: Request) -> Response:
+        with bodies.manifest_file(settings.updates) as incoming:
+            await bodies.read_manifest(request, incoming)
+            signature = request.headers.get(SIGNATURE_HEADER)
+            return _json(await run_in_threadpool(publish.publish_file, house, incoming.path, signature), 201)
 
     @app.get("/v1/manifests/{digest}/signature")
     def get_signature(_: Known, digest: str) -> Response:
@@ -197,7 +189,7 @@ def create_app(
         later.add_task(aggregator.run_due)
         async with noting_refusals_of_body(house, device):
             address = Address(device_id=device, run=run, stage=stage, round=number)
-            return _json(await _receive_update(house, address, request))
+            return _json(await _receive_update(house, address, request, in_flight))
 
     @app.put("/v1/runs/{run}/stages/{stage}/rounds/{number}/evaluation")
     def put_evaluation(device: Device, run: str, stage: Index, number: Index, body: Json) -> Response:
@@ -211,7 +203,7 @@ def create_app(
     return app
 
 
-async def _receive_update(house: House, address: Address, request: Request) -> Accepted:
+async def _receive_update(house: House, address: Address, request: Request, in_flight: bodies.InFlight) -> Accepted:
     digest = bodies.content_digest(request)
     report, compression = _train_report(request), bodies.content_compression(request)
     expected = await run_in_threadpool(updates.expect_update, house, address, digest, report, compression)
@@ -219,7 +211,7 @@ async def _receive_update(house: House, address: Address, request: Request) -> A
         return expected
     limit_bytes = max_file_bytes(expected.specs)
     bodies.check_length(request, limit_bytes)
-    with Incoming(house.settings.updates, limit_bytes) as incoming:
+    with in_flight.one_more(address.device_id), Incoming(house.settings.updates, limit_bytes) as incoming:
         await bodies.receive(request, incoming)
         return await run_in_threadpool(updates.accept_update, house, address, incoming, digest, report, expected, compression)
 
@@ -230,7 +222,7 @@ def _json(record: Record, status_code: int = 200) -> Response:
 
 def _who(request: Request) -> str:
     """The operator, as far as one can tell: the admin's token, and where it came from."""
-    return f"admin token from {request.client.host}" if request.client else "admin token"
+    return printable(f"admin token from {request.client.host}", 100) if request.client else "admin token"
 
 
 def _train_report(request: Request) -> TrainReport:

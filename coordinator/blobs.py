@@ -18,7 +18,7 @@ class Blobs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
         remove_partial_files(folder)
 
     def find(self, digest: str) -> Path | None:

@@ -20,7 +20,7 @@ def answer_blob(blobs: Blobs, digest: str, request: Request) -> Response:
     headers = {
         "ETag": tag,
         "Accept-Ranges": "bytes",
-        "Cache-Control": "public, max-age=31536000, immutable",
+        "Cache-Control": "private, max-age=31536000, immutable",
         "Content-Length": str(size),
     }
     if _names(request.headers.get("if-none-match", ""), tag):

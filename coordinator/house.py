@@ -7,6 +7,7 @@ from sqlalchemy import select
 
 from coordinator.blobs import Blobs
 from coordinator.database import Database
+from coordinator.gate import Gate
 from coordinator.incoming import remove_partial_files
 from coordinator.settings import Settings
 from coordinator.tables import ClockRow, RunRow
@@ -26,8 +27,8 @@ class House:
         """
         if steady is None and clock is time.time:
             steady = time.monotonic
-        settings.state.mkdir(parents=True, exist_ok=True)
-        settings.updates.mkdir(exist_ok=True)
+        settings.state.mkdir(0o700, parents=True, exist_ok=True)
+        settings.updates.mkdir(0o700, exist_ok=True)
         remove_partial_files(settings.updates)
         self.settings = settings
         self._manifests: dict[str, Manifest] = {}
@@ -37,6 +38,7 @@ class House:
             last = session.get(ClockRow, 1)
         self.clock = Timeline(clock, steady, self._longest_wait, last)
         self.tokens = Tokens(settings, self.database)
+        self.gate = Gate(self.tokens, settings)
         self.variants = Variants(self.blobs, self.database)
         self.trouble: dict[int, str] = {}
         """Why the last attempt to aggregate a round (by row id) failed; for the status only, nothing is decided by it."""

@@ -1,13 +1,14 @@
 """Every refusal is a problem document (RFC 9457): the code of the error, a title, the status, and what to do."""
 
 import logging
+from math import ceil
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from lamina.errors import ConfigError, LaminaError, ProtocolError, UnknownNameError
+from lamina.errors import BusyError, ConfigError, LaminaError, ProtocolError, UnknownNameError
 from lamina.files import raise_if_full
 from lamina.printable import printable
 from lamina.wire import Problem
@@ -27,6 +28,7 @@ STATUS_OF_CODE: dict[str, int] = {
     "round-closed": 409,
     "update-rejected": 409,
     "too-large": 413,
+    "busy": 429,
     "store": 503,
     "disk-full": 507,
 }
@@ -45,6 +47,7 @@ TITLES = {
     "round-closed": "The round no longer takes this",
     "update-rejected": "The round cannot count this",
     "too-large": "The body is too large",
+    "busy": "Too much at once",
     "store": "The coordinator's storage failed",
     "disk-full": "The coordinator's disk is full",
 }
@@ -58,6 +61,8 @@ def problem(error: LaminaError, status: int | None = None, headers: dict[str, st
     headers = dict(headers or {})
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, BusyError):
+        headers["Retry-After"] = str(ceil(error.retry_after_seconds))
     return Response(body.model_dump_json(), status, headers, "application/problem+json")
 
 

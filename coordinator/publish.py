@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
 
 from coordinator.calibration import has_programs
 from coordinator.house import House
@@ -16,6 +18,15 @@ from lamina.tensors import decode_one_by_one, file_encoding, hash_bytes
 from lamina.wire import SIGNATURE_HEADER, Published
 
 log = logging.getLogger("lamina.coordinator")
+
+
+_one_at_a_time = Lock()  # a manifest takes many times its size while it is read
+
+
+def publish_file(house: House, path: Path, signature_text: str | None) -> Published:
+    """`publish` of the manifest in a file."""
+    with _one_at_a_time:
+        return publish(house, path.read_bytes(), signature_text)
 
 
 def publish(house: House, body: bytes, signature_text: str | None) -> Published:

@@ -3,20 +3,28 @@
 import asyncio
 import errno
 import fcntl
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 
 import uvicorn
 
 from coordinator.app import create_app
+from coordinator.connections import Limits, Sparse, check_all, protocol, quiet_on_exhaustion
+from coordinator.private import make_private
 from coordinator.settings import Settings
 from coordinator.split.runtime import Runtime
 from coordinator.timeline import Clock
 from lamina.errors import ConfigError, PortInUseError
 from lamina.files import write_durably
+
+_LISTEN_BACKLOG = 1024
+_ACCEPTED_AT_ONCE = 64  # asyncio accepts so many before the first of them can be told that there are too many
+_TICKS_PER_SECOND = 10  # of uvicorn's main loop
 
 
 def serve(
@@ -29,7 +37,7 @@ def serve(
 
     Raises PortInUseError, ConfigError if another coordinator has the state folder, StoreError.
     """
-    settings.state.mkdir(parents=True, exist_ok=True)
+    make_private(settings.state)
     with _only_user_of(settings.state), _bind(settings.host, settings.port) as listener:
         settings.address.unlink(missing_ok=True)
         url = _url(settings.host, listener.getsockname()[1])
@@ -39,8 +47,18 @@ def serve(
             on_listening(url)
 
         # No access log: it would be the one place where every request of every device is written down.
-        app = create_app(settings, clock, split, time.monotonic)
-        config = uvicorn.Config(app, access_log=False, log_level="warning", lifespan="on")
+        config = uvicorn.Config(
+            create_app(settings, clock, split, time.monotonic),
+            http=protocol(Limits.of_machine(settings.connections, settings.idle_seconds)),
+            ws="none",
+            timeout_keep_alive=ceil(settings.idle_seconds),
+            backlog=_ACCEPTED_AT_ONCE,
+            access_log=False,
+            log_level="warning",
+            lifespan="on",
+        )
+        for name in ("uvicorn.error", "asyncio", "lamina.coordinator"):
+            logging.getLogger(name).addFilter(Sparse())
         asyncio.run(_Server(config, announce, settings.address).serve(sockets=[listener]))
 
 
@@ -53,9 +71,17 @@ class _Server(uvicorn.Server):
         self._address = address
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(quiet_on_exhaustion)
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(_LISTEN_BACKLOG)
         if self.started:
             self._announce()
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS_PER_SECOND == 0:
+            check_all(self.server_state.connections, asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
@@ -89,7 +115,7 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
-            listener.listen(1024)
+            listener.listen(_LISTEN_BACKLOG)
         except OSError as error:
             raise _bind_error(host, port, error) from error
         yield listener

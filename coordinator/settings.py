@@ -17,6 +17,10 @@ class Settings(Record):
     `presence_seconds` is how long a device counts as here after it asked for work; it bounds how soon a round that waits
     for its cohort notices that a device has left. `allow_unsigned` takes bundles that nobody signed. Of the last
     `keep_rounds` closed rounds of a run the weights are kept.
+
+    `connections` are open at a time, fewer where the process may not open enough files, and half of them for one address; one
+    without a whole request for `idle_seconds` is closed. An address may enrol `enrolment_burst` devices at once and then
+    `enrolments_per_minute`; the same with `failure_burst` for requests with a wrong token. Beyond that, the answer is 429.
     """
 
     state: Path
@@ -27,6 +31,12 @@ class Settings(Record):
     presence_seconds: PositiveSeconds = 60.0
     allow_unsigned: bool = False
     keep_rounds: Annotated[int, Field(ge=0, le=1000)] = 3
+    connections: Annotated[int, Field(ge=8)] = 2000
+    idle_seconds: PositiveSeconds = 10.0
+    enrolments_per_minute: Annotated[float, Field(gt=0)] = 60.0
+    enrolment_burst: Annotated[int, Field(ge=1)] = 100
+    failures_per_minute: Annotated[float, Field(gt=0)] = 60.0
+    failure_burst: Annotated[int, Field(ge=1)] = 100
 
     @model_validator(mode="after")
     def _waits_fit(self) -> Self:

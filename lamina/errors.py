@@ -17,6 +17,7 @@
         RoundClosedError     the round no longer takes this message
         UpdateRejectedError  an update is not one that this round can count
         TooLargeError        a body is larger than any legal one
+        BusyError            too much at once; the same request may pass a little later
       EngineError            the runtime on the device failed
         EngineMissingError   the engine is not installed here
         NonFiniteError       a loss or a gradient is NaN or infinite
@@ -106,6 +107,16 @@ class UpdateRejectedError(ProtocolError):
 
 class TooLargeError(ProtocolError):
     code = "too-large"
+
+
+class BusyError(ProtocolError):
+    """`retry_after_seconds`: when the same request may pass."""
+
+    code = "busy"
+
+    def __init__(self, message: str, retry_after_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class EngineError(LaminaError):

@@ -109,6 +109,28 @@ class SplitRun:
                 self._now.turn = self._turn_steps().begin_again(self._now.turn, now)
             return self._work("train", self._state.round, self._state.fused, self._has[device])
 
+    # Before a body is read
+
+    def expect_step(self, device: str, round: int) -> None:
+        """Raises RoundClosedError unless it is the turn of this user. Its lease is renewed by the body alone."""
+        with self._lock:
+            self._find_turn(device, round)
+
+    def expect_answers(self, device: str, round: int) -> None:
+        """Raises RoundClosedError unless this user is asked to evaluate."""
+        with self._lock:
+            self._check_evaluating(device, round)
+
+    def expect_update(self, device: str, round: int) -> None:
+        """Raises RoundClosedError unless this user has a part in the round, or its update is counted already."""
+        with self._lock:
+            if round != self._state.round or device not in self._now.cohort:
+                raise RoundClosedError(
+                    f"round {round} of {self._state.run} takes no update of this user; check in for new work"
+                )
+
+    # The bodies
+
     def features(self, device: str, round: int, step: int, examples: int, body: bytes) -> bytes:
         """Activations up, features down: the first half of a step. The same body again gives the same answer."""
         with self._lock:
@@ -323,10 +345,14 @@ class SplitRun:
         self._now, self._leases = _Round(), {}
 
     def _turn_of(self, device: str, round: int) -> Turn:
+        turn = self._find_turn(device, round)
+        turn.seen = self._house.clock()
+        return turn
+
+    def _find_turn(self, device: str, round: int) -> Turn:
         turn = self._now.turn
         if round != self._state.round or self._state.evaluating or turn is None or turn.user != device:
             raise RoundClosedError(f"it is not the turn of this user in round {round} of {self._state.run}; check in for work")
-        turn.seen = self._house.clock()
         return turn
 
     def _check_evaluating(self, device: str, round: int) -> None:

@@ -3,6 +3,8 @@
 import logging
 import re
 from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
 
 from coordinator.devices import get_device
 from coordinator.house import House
@@ -31,6 +33,7 @@ class SplitRuns:
         """Takes up the runs that the state folder holds. Raises ConfigError for a damaged file of one."""
         self._house, self._runtime = house, runtime
         self._runs: dict[str, SplitRun] = {}
+        self._publishing = Lock()
         self._keeping = Keeping(house.blobs, lambda: {blob for run in list(self._runs.values()) for blob in run.needed})
         folder = house.settings.state / "split"
         folder.mkdir(exist_ok=True)
@@ -39,6 +42,11 @@ class SplitRuns:
             self._open(state, SplitManifest.from_file(house.blobs.path(state.manifest)))
         for run in self._runs.values():
             run.remove_superseded()  # in case the coordinator was stopped between a round's end and this
+
+    def publish_file(self, path: Path, signature_text: str | None) -> Published:
+        """`publish` of the manifest in a file; one at a time, because a manifest takes many times its size while it is read."""
+        with self._publishing:
+            return self.publish(path.read_bytes(), signature_text)
 
     def publish(self, body: bytes, signature_text: str | None) -> Published:
         """A new run of the plan of a manifest. Raises as `coordinator.publish.publish` does."""

@@ -11,7 +11,7 @@ from coordinator_harness import InProcess, as_json, make_bundle, problem_of
 from coordinator.problems import STATUS_OF_CODE
 from coordinator.tables import SCHEMA_VERSION
 from lamina.errors import ConfigError, StoreError, all_errors
-from lamina.wire import MAX_JSON_BYTES
+from lamina.wire import SMALL_JSON_BYTES
 
 ROUND = "/v1/runs/run-1/stages/0/rounds/0"
 CALLS = [
@@ -145,12 +145,12 @@ def test_a_check_in_for_an_unknown_run_is_refused(coordinator: InProcess) -> Non
 def test_a_json_body_above_the_limit_is_refused(coordinator: InProcess, is_announced: bool) -> None:
     headers = dict(coordinator.enroller)
     if is_announced:
-        headers["Content-Length"] = str(MAX_JSON_BYTES + 1)
+        headers["Content-Length"] = str(SMALL_JSON_BYTES + 1)
         answer = coordinator.http.post("/v1/devices", content=b"{}", headers=headers)
     else:
-        pieces = (b" " * (1 << 20) for _ in range(MAX_JSON_BYTES // (1 << 20) + 1))
+        pieces = (b" " * 1024 for _ in range(SMALL_JSON_BYTES // 1024 + 1))
         answer = coordinator.http.post("/v1/devices", content=pieces, headers=headers)
-    assert str(MAX_JSON_BYTES) in problem_of(answer, 413, "too-large")
+    assert str(SMALL_JSON_BYTES) in problem_of(answer, 413, "too-large")
 
 
 def test_unknown_addresses_and_methods_are_problems_too(coordinator: InProcess) -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 import pytest
 from coordinator_harness import InProcess
 
+from coordinator import bodies
 from coordinator.losses import MAX_EXAMPLES
 from coordinator.problems import STATUS_OF_CODE, TITLES
+from coordinator.settings import Settings
 from coordinator.updates import MAX_DIFFERENCE
 from lamina import wire
+from lamina.bounds import MAX_ITEMS, MAX_LAYERS, MAX_ROUNDS, MAX_SEGMENTS, MAX_STAGES
 from lamina.digests import CONTENT_DIGEST
 from lamina.errors import all_errors
 from lamina.record import Record
 from lamina.signing import signed_message
-from lamina.wire import MAX_JSON_BYTES, REPORT_HEADER, SIGNATURE_HEADER
+from lamina.wire import MAX_JSON_BYTES, REPORT_HEADER, SIGNATURE_HEADER, SMALL_JSON_BYTES
 
 DOCS = Path(__file__).parents[2] / "docs"
 PROTOCOL = (DOCS / "protocol.md").read_text()
@@ -96,6 +99,11 @@ def test_the_links_within_the_protocol_lead_somewhere() -> None:
 
 def test_the_numbers_and_headers_are_those_of_the_code() -> None:
     assert MAX_JSON_BYTES == 16 << 20 and "16 MiB" in PROTOCOL
+    assert SMALL_JSON_BYTES == 16 << 10 and "16 KiB" in PROTOCOL and "16 KiB" in ERRORS
+    settings = Settings(state=Path("any"))
+    for number in (settings.connections, settings.enrolment_burst, MAX_SEGMENTS, MAX_LAYERS, MAX_STAGES, MAX_ROUNDS, MAX_ITEMS):
+        assert re.search(rf"\b({number}|{number:,})\b", PROTOCOL), number
+    assert settings.idle_seconds == bodies.GRACE_SECONDS == 10 and "for 10 s" in PROTOCOL
     assert MAX_DIFFERENCE == 1e4 and "beyond 1e4" in PROTOCOL and "beyond 1e4" in ERRORS
     assert MAX_EXAMPLES == 2**24 and "1 to 2^24" in PROTOCOL
     assert f"`{CONTENT_DIGEST}: sha-256=" in PROTOCOL and f"`{REPORT_HEADER}`" in PROTOCOL

@@ -62,7 +62,9 @@ def test_the_smallest_that_both_allow_is_agreed(plan, device, agreed) -> None:
 
 @given(
     plan=st.tuples(st.sampled_from(ENCODINGS), st.sampled_from(ENCODINGS), st.sampled_from(["none", "zstd"])),
-    device=st.tuples(st.lists(st.sampled_from(ENCODINGS), max_size=16), st.lists(st.sampled_from(["none", "zstd"]))),
+    device=st.tuples(
+        st.lists(st.sampled_from(ENCODINGS), max_size=16), st.lists(st.sampled_from(["none", "zstd"]), max_size=16)
+    ),
 )
 def test_nothing_is_rounded_more_than_the_plan_and_the_device_allow(plan, device) -> None:
     training = Training(download_encoding=plan[0], upload_encoding=plan[1], compression=plan[2])
