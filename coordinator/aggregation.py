@@ -17,7 +17,7 @@ from coordinator.calibration import apply_calibration, due_calibrations
 from coordinator.evaluating import begin_evaluation
 from coordinator.house import House
 from coordinator.modalities import from_text
-from coordinator.rounds import advance, fail
+from coordinator.rounds import advance, fail_run
 from coordinator.tables import RoundRow, RunRow, UpdateRow
 from coordinator.updates import check_accepted
 from coordinator.weights import name_weights, put_segments, read_weights
@@ -100,12 +100,10 @@ class Aggregator:
 
 def fail_round(house: House, round_id: int, reason: str) -> None:
     """Ends the run of a round that cannot be aggregated."""
-    now = house.clock()
-    with house.database.write() as session:
+    with house.database.read() as session:
         row = session.get_one(RoundRow, round_id)
-        run = session.get_one(RunRow, row.run_number)
-        if not run.has_ended:
-            fail(house, session, run, f"round {row.round} of stage {row.stage}: {reason}", now)
+        run_id = session.get_one(RunRow, row.run_number).id
+    fail_run(house, run_id, f"round {row.round} of stage {row.stage}: {reason}")
 
 
 def aggregate_round(house: House, round_id: int) -> None:

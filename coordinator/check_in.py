@@ -2,6 +2,7 @@
 
 import logging
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator.assignments import make_assignment
@@ -11,11 +12,22 @@ from coordinator.devices import get_device, remember
 from coordinator.house import House
 from coordinator.last_acts import note_act
 from coordinator.modalities import largest_set, to_text
-from coordinator.rounds import advance, current_round, get_run, open_runs, paused_runs, places
-from coordinator.tables import CalibrationRow, DeviceRow, EvaluationRow, PlaceRow, RecallRow, RoundRow, RunRow, UpdateRow
+from coordinator.rounds import advance, current_round, fail_run, get_run, open_runs, paused_runs, places
+from coordinator.tables import (
+    CalibrationRow,
+    DeviceRow,
+    EvaluationRow,
+    PlaceRow,
+    RecallRow,
+    RoundRow,
+    RunRow,
+    UpdateRow,
+    WeightRow,
+)
 from coordinator.terms import agree
 from coordinator.timeline import lease_of, tenure_of
 from coordinator.waiting import describe
+from lamina.errors import TensorFileError, UnknownNameError
 from lamina.manifest import Manifest
 from lamina.wire import Assignment, CardWanted, CheckIn, Refused, Wait
 
@@ -28,8 +40,27 @@ def check_in(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait 
     Raises UnknownNameError if `facts.run` names no run, and DiskFullError.
     """
     answer = find_work(house, device_id, facts)
-    # Outside of the transaction: encoding the weights of a new round takes a while, and others want to write meanwhile.
-    return house.variants.fit(answer, house.manifest(answer.manifest)) if isinstance(answer, Assignment) else answer
+    if not isinstance(answer, Assignment):
+        return answer
+    try:
+        for digest in answer.weights.values():
+            house.blobs.path(digest)
+        # Outside of the transaction: encoding the weights of a new round takes a while, and others want to write meanwhile.
+        return house.variants.fit(answer, house.manifest(answer.manifest))
+    except (TensorFileError, UnknownNameError) as error:
+        # No device can work from such weights, and each that was told so would end.
+        if is_still_offered(house, answer):
+            fail_run(house, answer.run, f"its weights cannot be given out in {answer.download_encoding}: {error.message}")
+        return check_in(house, device_id, facts)
+
+
+def is_still_offered(house: House, assignment: Assignment) -> bool:
+    """Whether these are still the weights of the run: those of a round that has closed meanwhile may be gone."""
+    with house.database.read() as session:
+        run = get_run(session, assignment.run)
+        weights = session.execute(select(WeightRow.segment, WeightRow.blob).where(WeightRow.run_number == run.number)).all()
+    newest = {segment: blob for segment, blob in weights}
+    return all(newest[segment] == blob for segment, blob in assignment.weights.items())
 
 
 def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait | Refused | CardWanted:
@@ -40,7 +71,7 @@ def find_work(house: House, device_id: str, facts: CheckIn) -> Assignment | Wait
         house.clock.store(session, now)
         device = get_device(session, device_id)
         asked_for = get_run(session, facts.run) if facts.run else None
-        candidates = [asked_for] if asked_for else [*open_runs(session), *paused_runs(session)]
+        candidates = [asked_for] if asked_for else _candidates(session, device)
         if facts.role == "calibrator" and not device.is_trusted:
             return Refused(
                 detail="a calibrator changes all layers by itself, so it enrols with the admin token: give --token-file "
@@ -117,6 +148,14 @@ def offer(house: House, session: Session, run: RunRow, device: DeviceRow, facts:
             asked.download_encoding, asked.modalities = terms.download_encoding, to_text(modalities)
             return make_assignment(house, session, run, row, device, "evaluate", terms, modalities)
     return _wait(house, "round", describe(house, session, run, now))
+
+
+def _candidates(session: Session, device: DeviceRow) -> list[RunRow]:
+    """The runs that a device may work for: first a paused one that has its work, then those that go on, then paused ones."""
+    paused = paused_runs(session)
+    rows = {run.number: current_round(session, run) for run in paused}
+    mine = [run for run in paused if (row := rows[run.number]) is not None and _has_work(session, row, device.id)]
+    return [*mine, *open_runs(session), *(run for run in paused if run not in mine)]
 
 
 def _has_work(session: Session, row: RoundRow, device_id: str) -> bool:

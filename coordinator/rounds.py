@@ -118,6 +118,15 @@ def fail(house: House, session: Session, run: RunRow, reason: str, now: float) -
     log.error("%s has failed: %s", run.id, reason)
 
 
+def fail_run(house: House, run_id: str, reason: str) -> None:
+    """The same in a transaction of its own, unless the run has ended already."""
+    now = house.clock()
+    with house.database.write() as session:
+        run = get_run(session, run_id)
+        if not run.has_ended:
+            fail(house, session, run, reason, now)
+
+
 def advance_all(house: House) -> None:
     """Moves every open run; for start-up and for whoever looks at a run that no device asks about."""
     now = house.clock()

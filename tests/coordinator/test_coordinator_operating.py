@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from coordinator_harness import Device, FakeClock, InProcess, make_bundle, problem_of, work_until_finished
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ import lamina.client
 from lamina.cli.main import app
 from lamina.errors import LaminaError
 from lamina.plan import Cohort
-from lamina.tensors import hash_bytes
+from lamina.tensors import encode, hash_bytes
 from lamina.wire import Assignment, Enrolments, History, HistoryEntry
 
 ONE = Cohort(size=1, deadline_seconds=1000, lease_seconds=100)
@@ -120,6 +121,45 @@ def test_devices_of_a_paused_run_work_for_others(coordinator: InProcess) -> None
     coordinator.publish(make_bundle(cohort=ONE, seed=1))
     do(coordinator, "pause")
     assert coordinator.join("a").work().run == "run-2"
+
+
+def test_a_device_finishes_what_it_has_of_a_paused_run_before_it_works_for_another(coordinator: InProcess) -> None:
+    coordinator.publish(make_bundle(rounds=[2], strategy="end_to_end", cohort=ONE))
+    coordinator.publish(make_bundle(cohort=ONE, seed=1))
+    device = coordinator.join("a")
+    held = device.work()
+    do(coordinator, "pause")
+    assert device.work() == held
+    assert device.send(held).status_code == 200
+    assert device.work().run == "run-2"
+
+
+def lose_weights(coordinator: InProcess, segment: str = "head") -> None:
+    (coordinator.state / "blobs" / coordinator.status().weights[segment]).unlink()
+
+
+@pytest.mark.parametrize("encoding", ["fp32", "fp16"])
+def test_weights_that_are_lost_fail_the_run_and_end_no_device(coordinator: InProcess, encoding: str) -> None:
+    coordinator.publish(make_bundle(rounds=[3], strategy="end_to_end", cohort=ONE, download_encoding=encoding))
+    device = coordinator.join("a", encodings=("fp32", "fp16"))
+    run_rounds(coordinator, device, 2)
+    lose_weights(coordinator)
+    assert device.wait().reason == "no_run"
+    status = coordinator.status()
+    assert status.state == "failed" and "cannot be given out" in status.detail and "there is no blob" in status.detail
+    do(coordinator, "rollback", stage=0, round=0)
+    assert work_until_finished(coordinator, [device]).state == "finished"
+
+
+def test_weights_beyond_what_the_plan_may_send_fail_the_run_and_end_no_device(coordinator: InProcess) -> None:
+    coordinator.publish(make_bundle(rounds=[9], strategy="end_to_end", cohort=ONE, download_encoding="fp16"))
+    device = coordinator.join("a", encodings=("fp32", "fp16"))
+    for _ in range(8):  # each within what an update may hold
+        work = device.work()
+        body = encode({name: np.full_like(value, 9e3) for name, value in device.difference(work).items()})
+        assert device.send(work, body).status_code == 200
+    assert device.wait().reason == "no_run"
+    assert "above fp16's 65504" in coordinator.status().detail
 
 
 def test_a_cancelled_run_frees_its_devices(coordinator: InProcess) -> None:
