@@ -35,12 +35,30 @@ def check_assignment(work: Assignment, manifest: Manifest, own_modalities: Seque
         raise ProtocolError(f"{where} is for {lacking[0]}, and this device has {list(own_modalities)}")
 
 
-def check_sizes(manifest: Manifest) -> None:
-    """Raises ProtocolError for tensors that need more bytes than the file of their values has."""
+def check_manifest(manifest: Manifest) -> None:
+    """Raises ProtocolError for a manifest that contradicts itself: hashes that stand for programs and are none, references to
+    weights that a program does not take, tensors that need more bytes than the file of their values has."""
+    by_engine = [
+        *manifest.frozen_programs.items(),
+        *((engine, {"loss": blob}) for engine, blob in manifest.loss_programs.items()),
+    ]
+    by_engine += [(engine, {"loss": blob}) for engine, blob in manifest.view_loss_programs.items()]
+    for stage in manifest.stages:
+        for roles in (stage.train, stage.eval, stage.calibrate, *(each for p in stage.partial for each in (p.train, p.eval))):
+            by_engine += [(engine, {f"stage {stage.index}": blob}) for engine, blob in roles.items()]
+    for engine, blobs in by_engine:
+        for what, blob in blobs.items():
+            if blob not in manifest.programs or manifest.programs[blob].engine != engine:
+                raise ProtocolError(f"the manifest says that {what} has a program for {engine}, and has none; {_NOT_OURS}")
+    for program in manifest.programs.values():
+        if any(place >= len(program.weights) for reference in program.references for place in reference.tensors):
+            raise ProtocolError(f"the manifest has a program that refers to weights that it does not take; {_NOT_OURS}")
     for segment in manifest.segments:
         size = manifest.blobs[manifest.initial_weights[segment.name]]
         if segment.parameters > size:
             raise ProtocolError(
-                f"the manifest says that {segment.name} has {segment.parameters} values in a file of {size} bytes; it was not "
-                "made by `lamina export`"
+                f"the manifest says that {segment.name} has {segment.parameters} values in a file of {size} bytes; {_NOT_OURS}"
             )
+
+
+_NOT_OURS = "it was not made by `lamina export`"

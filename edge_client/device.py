@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from edge_client.assignment import check_assignment, check_sizes
+from edge_client.assignment import check_assignment, check_manifest
 from edge_client.blobs import BlobCache
 from edge_client.data import DATA_RULES, LocalData
 from edge_client.engines import load_engine
@@ -349,7 +349,7 @@ class Device:
         if self._manifest is None or self._manifest[0] != digest:
             self._verifier.check(digest, self._transport.signature)
             manifest = Manifest.from_file(self._blobs.get(digest, MAX_JSON_BYTES))
-            check_sizes(manifest)
+            check_manifest(manifest)
             self._manifest = (digest, manifest)
         return self._manifest[1]
 

@@ -3,10 +3,11 @@
 import httpx
 import pytest
 
-from edge_client.assignment import check_sizes
+from edge_client.assignment import check_manifest
 from edge_client.outcome import UPDATE
 from edge_client.watchdog import Watchdog
 from lamina.errors import HashMismatchError, LaminaError, NotEnrolledError, ProtocolError
+from lamina.manifest import ProgramReference
 from lamina.wire import Wait
 from tests.edge_client.conftest import Stopped
 from tests.edge_client.fake_coordinator import FakeCoordinator, problem
@@ -69,12 +70,24 @@ def test_a_compression_that_this_device_did_not_offer_is_refused_before_training
 
 def test_tensors_that_are_larger_than_their_file_are_refused_before_memory_is_asked_for(coordinator):
     manifest = coordinator.manifest
-    check_sizes(manifest)
+    check_manifest(manifest)
     segment = manifest.segments[0]
     tensor = segment.tensors[0].model_copy(update={"shape": (2**30, 2**10)})
     huge = segment.model_copy(update={"tensors": (tensor,)})
     with pytest.raises(ProtocolError, match=f"{segment.name} has {2**40} values in a file of"):
-        check_sizes(manifest.model_copy(update={"segments": (huge, *manifest.segments[1:])}))
+        check_manifest(manifest.model_copy(update={"segments": (huge, *manifest.segments[1:])}))
+
+
+def test_programs_that_the_manifest_does_not_have_are_refused(coordinator):
+    manifest = coordinator.manifest
+    stage = manifest.stages[0].model_copy(update={"train": {"onnxruntime": manifest.initial_weights["head"]}})
+    with pytest.raises(ProtocolError, match="stage 0 has a program for onnxruntime, and has none"):
+        check_manifest(manifest.model_copy(update={"stages": (stage, *manifest.stages[1:])}))
+    blob, program = next(iter(manifest.programs.items()))
+    reference = ProgramReference(kind="start", tensors=(len(program.weights),))
+    programs = {**manifest.programs, blob: program.model_copy(update={"references": (reference,)})}
+    with pytest.raises(ProtocolError, match="refers to weights that it does not take"):
+        check_manifest(manifest.model_copy(update={"programs": programs}))
 
 
 # Uploads.
