@@ -16,7 +16,7 @@ from export.parameters import frozen, trained
 from export.recipe import resolve
 from export.report import plan_costs
 from lamina.bundle import blob_path
-from lamina.errors import CutError
+from lamina.errors import ConfigError, CutError
 from lamina.manifest import Manifest
 from lamina.tensors import decode_file
 from tests.export import user_models
@@ -75,6 +75,14 @@ def test_they_are_in_no_gradient_no_update_and_no_count_of_active_parameters(lor
     assert report.stages[1].with_heads.prefix_bytes_down == second.frozen_bytes
     assert report.stages[1].with_heads.round_bytes_down == second.round_bytes_down
     assert report.stages[0].with_heads.new_prefix_bytes_down == manifest.stages[0].cost.frozen_bytes  # fetched once
+
+
+def test_a_manifest_names_a_file_of_frozen_tensors_for_each_segment_that_has_any_and_for_no_other(lora):
+    _, _, manifest = lora
+    for change in ({}, manifest.frozen_tensors | {"head": manifest.frozen_tensors[LAYER]}):
+        values = json.loads(manifest.to_json()) | {"frozen_tensors": change}
+        with pytest.raises(ConfigError, match="frozen_tensors must hold one blob for each segment that has frozen tensors"):
+            Manifest.from_json(json.dumps(values))
 
 
 def test_assembling_gives_the_factorys_frozen_tensors_to_the_bit(lora, tmp_path):
