@@ -10,7 +10,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow test-arm64 lint format docs bench bench-engines bench-memory bench-transfers bench-reductions bench-accuracy \
-	bench-fit bench-fidelity bench-minilm bench-methods bench-split clean
+	bench-fit bench-fidelity bench-minilm bench-methods bench-split chaos clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lamina demo $(ARGS)
@@ -78,6 +78,10 @@ bench-methods: $(VENV)/.ready
 
 bench-split: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.split_training $(ARGS)
+
+# A quarter of an hour: kills, broken connections, full disks. Its short form is in `make test`. ARGS='--kills 20 --seed 1'
+chaos: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 # torch first, from the index that the user names; then lamina with its extras. ExecuTorch declares about 40 packages that
 # nothing here imports, so the few that it does import are named, and it is installed without the others. pip would warn of each

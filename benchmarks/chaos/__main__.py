@@ -1,0 +1,100 @@
+"""Does anything get lost, or count twice, when everything around a run fails?
+
+Question   Final weights and accepted updates of a small run whose coordinator and devices are killed, whose connections are
+           cut, truncated, delayed and bit-flipped in both directions, whose disks are full and whose clock jumps, against
+           those of the same run in peace.
+Method     Real processes (`lamina join`, the coordinator of `lamina serve`) on loopback, with a relay in between that does
+           the damage; kills are SIGKILL, at any time and at instants that are worth one (benchmarks/chaos/moments.py). Each
+           run begins with new devices, so that enrolment is disturbed as well. What ends is started again with the same
+           command. Equal: the bytes of every segment's weights, and every (stage, round, device) with its update's values,
+           once.
+Not shown  Power loss (files that were written but not synced stay here); TLS, under which a flipped bit ends the connection.
+
+    python -m benchmarks.chaos [--kills 100] [--seed 0] [--out FILE] [--folder FOLDER]
+    python -m benchmarks.chaos --kills 5 --out ""      a short one; writes no results
+
+Full disks need the right to mount a tmpfs; without it that part is left out, and the result says so. Status 1 if anything
+differs; the folder then has the states and the logs.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.chaos.storms import Result, storms
+from benchmarks.results_file import write_results
+from lamina.errors import LaminaError
+from lamina.keys import VARIABLE
+
+
+def rows_of(result: Result) -> list[dict[str, Any]]:
+    return [
+        {
+            "run": number,
+            "seconds": round(run.seconds, 1),
+            "updates": len(run.left.updates),
+            "lost": len(found.lost),
+            "double": len(found.double),
+            "other": len(found.other),
+            "segments_that_differ": len(found.segments),
+            "devices_enrolled_twice": found.devices,
+            "connections": run.connections,
+            "faults": dict(sorted((run.faults or {}).items())),
+            "ended_by_themselves": dict(sorted((run.ended or {}).items())),
+        }
+        for number, (run, found) in enumerate(result.runs)
+    ]
+
+
+def facts_of(result: Result, seed: int) -> dict[str, Any]:
+    tally, plan = result.tally, result.plan
+    return {
+        "seed": seed,
+        "plan": {"stages": len(plan.stages), "rounds": result.calm.rounds, "devices": plan.cohort.size},
+        "updates_of_a_run": len(result.calm.left.updates),
+        "byte_equal": result.is_equal,
+        "lost": sum(len(found.lost) for _, found in result.runs),
+        "double": sum(len(found.double) for _, found in result.runs),
+        "kills": dict(sorted(tally.kills.items())),
+        "faults": dict(sorted(result.faults.items())),
+        "full_disks": dict(tally.full_disks) or next((run.no_disks for run, _ in result.runs), ""),
+        "clock_jumps": tally.clock_jumps,
+        "ended_by_themselves": dict(sorted(result.ended.items())),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="kills of the coordinator, and as many of devices")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="chaos", help="name of the file in benchmarks/results; empty: none is written")
+    parser.add_argument("--folder", type=Path, help="keep bundle, states and logs there (default: a temporary folder)")
+    options = parser.parse_args()
+    with TemporaryDirectory() as scratch:
+        folder = (options.folder or Path(scratch)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[VARIABLE] = str(folder / "keys")  # the user's own keys are left alone
+        try:
+            result = asyncio.run(storms(folder, options.kills, options.seed, say=_say))
+        except LaminaError as error:
+            _say(error.message)
+            return 1
+    if options.out:
+        path = write_results(options.out, "make chaos", rows_of(result), **facts_of(result, options.seed))
+        _say(f"written to {path}")
+    facts = facts_of(result, options.seed)
+    _say(f"{facts['lost']} lost, {facts['double']} double, {'byte-equal' if result.is_equal else 'NOT EQUAL'}")
+    return 0 if result.is_equal else 1
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
