@@ -107,6 +107,8 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         status = getattr(sys.exc_info()[1], "error_status_hint", 400)
+        if status >= 500:  # h11's 501 of a Transfer-Encoding that it does not know: the request is at fault, not the server
+            status = 400
         way_out = "its head is too large" if status == 431 else "see docs/protocol.md"
         self.refuse(ProtocolError(f"this is no HTTP/1.1 request that can be served: {way_out}"), status)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
+from coordinator import heap
 from coordinator.app import create_app
 from coordinator.connections import Limits, Sparse, check_all, protocol, quiet_on_exhaustion
 from coordinator.private import make_private
@@ -37,6 +38,7 @@ def serve(
 
     Raises PortInUseError, ConfigError if another coordinator has the state folder, StoreError.
     """
+    heap.keep_small()
     make_private(settings.state)
     with _only_user_of(settings.state), _bind(settings.host, settings.port) as listener:
         settings.address.unlink(missing_ok=True)
