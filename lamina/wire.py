@@ -351,7 +351,7 @@ class HistoryEntry(Record):
     `before` and `after` are its states; equal ones of a command say that there was nothing to do, and no row was written.
     """
 
-    unix_seconds: Annotated[float, Field(ge=0)]
+    unix_seconds: Annotated[float, Field(ge=0, le=1e12)]
     who: Note
     what: Note
     run: Note = ""
