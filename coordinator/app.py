@@ -66,15 +66,11 @@ def create_app(
     """
     house = House(settings, clock, steady)
     aggregator = Aggregator(house)
+    # Here and not in the lifespan, whose failures are told as tracebacks.
+    _finish_what_was_interrupted(house, aggregator)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        # What a crash interrupted is finished before the first device is answered.
-        await run_in_threadpool(rounds.mend_all, house)
-        await run_in_threadpool(rounds.advance_all, house)
-        await run_in_threadpool(aggregator.run_due)
-        await run_in_threadpool(remove_leftovers, house)
-        await run_in_threadpool(house.variants.remove_outdated, house.manifest)
         yield
         house.close()
 
@@ -214,6 +210,19 @@ async def _receive_update(house: House, address: Address, request: Request, in_f
     with in_flight.one_more(address.device_id), Incoming(house.settings.updates, limit_bytes) as incoming:
         await bodies.receive(request, incoming)
         return await run_in_threadpool(updates.accept_update, house, address, incoming, digest, report, expected, compression)
+
+
+def _finish_what_was_interrupted(house: House, aggregator: Aggregator) -> None:
+    """Before the first device is answered. Raises StoreError, DiskFullError."""
+    try:
+        rounds.mend_all(house)
+        rounds.advance_all(house)
+        aggregator.run_due()
+        remove_leftovers(house)
+        house.variants.remove_outdated(house.manifest)
+    except BaseException:
+        house.close()
+        raise
 
 
 def _json(record: Record, status_code: int = 200) -> Response:

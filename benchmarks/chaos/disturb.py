@@ -29,7 +29,7 @@ _DEVICE_MOMENTS: dict[str, tuple[Part, ...]] = {
 
 @dataclass
 class Tally:
-    """What is still to be done, and what was done, over all runs."""
+    """What is still to be done in a run, and what was done."""
 
     coordinator_kills_left: int
     device_kills_left: int
@@ -37,10 +37,6 @@ class Tally:
     """As `<who>: <when>`."""
     clock_jumps: int = 0
     full_disks: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def is_done(self) -> bool:
-        return not (self.coordinator_kills_left or self.device_kills_left)
 
 
 @asynccontextmanager
@@ -112,12 +108,12 @@ async def _set_clock(house: House, random: Random, tally: Tally) -> None:
 
 async def _fill_disks(house: House, names: list[str], random: Random, tally: Tally) -> None:
     while names:
-        await asyncio.sleep(random.uniform(4, 16))
+        await asyncio.sleep(random.uniform(5, 20))
         name = random.choice(names)
         left_bytes = random.choice((0, random.randrange(1 << 16)))
         await asyncio.to_thread(disks.fill, house.states[name], left_bytes)
         tally.full_disks[name.partition("-")[0]] += 1
         try:
-            await asyncio.sleep(random.uniform(1, 4))
+            await asyncio.sleep(random.uniform(0.5, 3))
         finally:
             disks.free(house.states[name])

@@ -7,7 +7,7 @@ from random import Random
 from benchmarks.chaos.house import House
 from benchmarks.chaos.proxy import Passing, Proxy
 
-WAIT_SECONDS = 6.0
+WAIT_SECONDS = 8.0
 """After so long without its moment, a kill comes at any time."""
 _LOOK_SECONDS = 0.004
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -47,8 +47,8 @@ class Outcome:
     seconds: float
     rounds: int
     connections: int = 0
-    faults: Counter[str] | None = None
-    ended: Counter[str] | None = None
+    faults: Counter[str] = field(default_factory=Counter)
+    ended: Counter[str] = field(default_factory=Counter)
     no_disks: str = ""
 
 

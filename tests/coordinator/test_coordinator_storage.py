@@ -7,6 +7,7 @@ the operating system's own calls say ENOSPC, so that each place is hit exactly.
 import errno
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from coordinator.incoming import Incoming
 from lamina.errors import StoreError
 from lamina.plan import Cohort
 from lamina.wire import Assignment
+
+SERVE_COMMAND = "from lamina.cli.main import main; main()"
 
 
 @pytest.fixture
@@ -63,6 +66,22 @@ def test_on_a_full_disk_updates_are_refused_and_can_be_sent_again(small_disk: Pa
         assert [update.device for update in status.rounds[0].updates] == ["a", "b"]
     finally:
         coordinator.stop()
+
+
+def test_a_start_on_a_full_disk_says_so_in_one_line_and_works_when_there_is_room(small_disk: Path) -> None:
+    coordinator = InProcess(small_disk / "state")
+    coordinator.publish(make_bundle(rounds=[1, 0]))
+    coordinator.join("a").check_in()
+    coordinator.stop()
+    filler = fill(small_disk, 0)
+    command = [sys.executable, "-c", SERVE_COMMAND, "serve", "--state", str(small_disk / "state"), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "error [disk-full]: no space left" in done.stderr and "Traceback" not in done.stderr
+    filler.unlink()
+    coordinator.start()
+    assert coordinator.status().state == "running"
+    coordinator.stop()
 
 
 def test_a_blob_that_does_not_fit_is_refused(small_disk: Path) -> None:

@@ -16,7 +16,7 @@ KILLS, TIMEOUT_SECONDS = 3, 180
 
 
 def test_a_run_in_a_storm_ends_with_the_weights_and_the_updates_of_one_in_peace(tmp_path: Path, program_cache: Path) -> None:
-    plan = small_plan(devices=3, layers=2, rounds=1)
+    plan = small_plan(devices=2, layers=2, rounds=1)
     result = asyncio.run(
         storms(
             tmp_path,
@@ -34,10 +34,9 @@ def test_a_run_in_a_storm_ends_with_the_weights_and_the_updates_of_one_in_peace(
         assert len(run.left.updates) == plan.cohort.size * len(plan.stages)
         assert run.left.weights == result.calm.left.weights and len(run.left.weights) > 3
         assert run.left.told <= {key for key, _ in run.left.updates}
-    assert sum(count for who, count in result.tally.kills.items() if who.startswith("coordinator")) == KILLS
-    assert result.tally.kills.total() == 2 * KILLS
+    assert result.killed == (KILLS, KILLS)
     assert {what.partition(" ")[0] for what in result.faults} >= {"cut", "flip"} and result.faults.total() > 10
-    assert result.tally.clock_jumps > 0
+    assert result.clock_jumps > 0
 
 
 UPDATE = ((0, 0, "a"), ("c0", 5, 0.5)), ((0, 0, "b"), ("c1", 6, 0.25))
