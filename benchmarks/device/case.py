@@ -59,6 +59,7 @@ class Program:
     max_batch: int
     precision: str
     references: tuple[Any, ...] = ()
+    frozen: tuple[tuple[int, ...], ...] = ()
 
 
 class Reporter:

@@ -83,7 +83,7 @@ def _row(
         return row.model_copy(update={"detail": reason})
     with TemporaryDirectory(dir=scratch) as data:
         kind = CASES[case.case]
-        spec = case.model_dump(mode="json") | {
+        spec = case.model_dump() | {
             "optimizer": optimizer,
             "steps": settings.steps,
             "window_seconds": sensors.window_seconds,

@@ -208,5 +208,5 @@ def test_a_prepared_case_is_plain_json(prepared) -> None:
     content = json.loads((folder / "bench.json").read_text())
 
     assert [PreparedCase.model_validate(case) for case in content["cases"]] == list(bundle.cases)
-    files = {p["file"] for case in content["cases"] for p in case["programs"].values()}
+    files = {p["file"] for case in content["cases"] for p in case.get("programs", {}).values()}
     assert all((folder / name).is_file() for name in files)

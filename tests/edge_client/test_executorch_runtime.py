@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from edge_client.engines import load_engine
 x = SimpleNamespace(name="x", shape=(2, 8), dtype="float32")
-program = SimpleNamespace(weights=((4, 8), (4,)), inputs=(x,), max_batch=8, precision="fp32", references=())
+program = SimpleNamespace(weights=((4, 8), (4,)), inputs=(x,), max_batch=8, precision="fp32", references=(), frozen=())
 loaded = load_engine("executorch").load(Path(sys.argv[1]), program)
 (out,) = loaded.run([np.ones((4, 8), np.float32), np.ones(4, np.float32), np.ones((2, 2, 8), np.float32)])
 import importlib.util

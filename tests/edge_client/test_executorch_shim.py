@@ -27,7 +27,7 @@ from edge_client.engines import load_engine
 from types import SimpleNamespace
 folder = Path(sys.argv[1])
 x = SimpleNamespace(name="x", shape=(2, 8), dtype="float32")
-program = SimpleNamespace(weights=((4, 8), (4,)), inputs=(x,), max_batch=8, precision="fp32", references=())
+program = SimpleNamespace(weights=((4, 8), (4,)), inputs=(x,), max_batch=8, precision="fp32", references=(), frozen=())
 weights = [np.ones((4, 8), np.float32), np.ones(4, np.float32)]
 engine = load_engine("executorch")
 """

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from export.adapters import adapt
 from export.assemble import assemble, load_weights
 from export.bundle import export_bundle
 from export.cut import find_segments
@@ -237,9 +238,8 @@ def test_a_frozen_parameter_may_be_in_several_segments():
         find_segments(model, read("adapted").plan.model)
 
 
-def test_an_untied_frozen_parameter_is_no_rewrite():
+def test_asking_for_copies_of_what_is_shared_leaves_frozen_parameters_shared():
     shared = user_models.Adapted()
     shared.layers[1].base.weight = shared.layers[0].base.weight
-    from export.models import adapt_made
-
-    assert adapt_made(shared, "signal", "factory", {}).rewrites == ()
+    trunk = adapt(shared, copy_shared=True)
+    assert trunk.rewrites == () and trunk.layers[1].base.weight is trunk.layers[0].base.weight
