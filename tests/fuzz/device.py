@@ -38,6 +38,7 @@ KINDS = ("devices", "check-in", "check-in", "signature", "manifest", "blob", "up
 _HEADERS = ("Content-Length", "Content-Encoding", "Content-Range", "Location", "Retry-After", "Content-Type")
 _STATUSES = (200, 201, 204, 206, 301, 302, 303, 307, 400, 401, 404, 409, 416, 422, 429, 500, 503, 507, 599)
 _PAUSES = 4
+_WARM_UP = 300
 
 
 class StoppedError(Exception):
@@ -46,7 +47,7 @@ class StoppedError(Exception):
 
 @dataclass
 class Outcome:
-    """`growth_bytes` is what the peak of resident memory grew by after the first tenth of the messages."""
+    """`growth_bytes` is what the peak of resident memory grew by after a tenth of the messages, and 300 at least."""
 
     messages: int
     ends: Counter[str] = field(default_factory=Counter)
@@ -63,7 +64,7 @@ def attack(folder: Path, messages: int, seed: int) -> Outcome:
     data = make_data(folder / "data.npz")
     before = 0
     for index in range(messages):
-        if index == messages // 10:
+        if index == max(_WARM_UP, messages // 10):
             before = _peak_bytes()
         state = folder / "state"
         shutil.rmtree(state, ignore_errors=True)
