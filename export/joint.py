@@ -72,6 +72,6 @@ def _all_there(gradients: Sequence[Tensor | None], weight_names: Sequence[str]) 
         if gradient is None:
             raise CutError(
                 f"the loss does not depend on {name}; remove the parameter, use it in forward(), or remove what ends its "
-                "gradient on the way: .detach(), torch.no_grad(), integer results"
+                "gradient on the way (.detach(), torch.no_grad(), integer results)"
             )
     return tuple(gradients)  # type: ignore[arg-type]
