@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from lamina.bounds import MAX_COUNT, MAX_FACTOR
+from lamina.bounds import MAX_COUNT
 from lamina.errors import ConfigError, DataError
 from lamina.model import ModelDescription, Name
 from lamina.printable import printable
@@ -29,6 +29,8 @@ MAX_NAMES_BYTES = 8 << 10
 MAX_NUMBERS = 64
 """Likewise a mean or a standard deviation for more channels."""
 MAX_TOKENS = 8
+MOST_SCALE = 1e38
+"""A mean or a standard deviation is a number that float32 can hold."""
 _MOST_LISTED = 8
 _AS_IT_WAS = ((0.0,), (1.0,))
 _Tuple = tuple[float, ...]
@@ -44,8 +46,9 @@ Short = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_is_p
 Token = Annotated[str, AfterValidator(partial(printable, most=40)), Field(max_length=1000)]
 Hash = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 """In place of a list that is too long to be shown."""
-Number = Annotated[float, Field(ge=-MAX_FACTOR, le=MAX_FACTOR)]
+Number = Annotated[float, Field(ge=-MOST_SCALE, le=MOST_SCALE)]
 Numbers = Annotated[tuple[Number, ...], Field(min_length=1, max_length=MAX_NUMBERS)] | Hash
+Milliseconds = Annotated[float, Field(ge=0.1, le=60_000)]
 ClassNames = Annotated[tuple[Short, ...], Field(min_length=1, max_length=MAX_NAMES_BYTES)] | Hash
 
 
@@ -64,9 +67,9 @@ class ModalityCard(Record):
     std: Numbers | None = None
     channels: Annotated[tuple[Short, ...], Field(max_length=MAX_NUMBERS)] | None = None
     fit: Literal["stretch", "crop"] | None = None
-    rate: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
-    window_ms: Annotated[float, Field(gt=0, le=MAX_FACTOR)] | None = None
-    hop_ms: Annotated[float, Field(gt=0, le=MAX_FACTOR)] | None = None
+    rate: Annotated[int, Field(ge=1, le=768_000)] | None = None
+    window_ms: Milliseconds | None = None
+    hop_ms: Milliseconds | None = None
     tokenizer: Literal["words", "bytes"] | Hash | None = None
     vocabulary: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     tokens: Annotated[tuple[Token, ...], Field(max_length=MAX_TOKENS)] | None = None
@@ -118,7 +121,10 @@ def numbers_field(numbers: Sequence[float]) -> tuple[float, ...] | str:
 
 
 def joined(now: ModalityCard, before: ModalityCard | None) -> ModalityCard:
-    """The card of values that were packed as `before` says and then again as `now` says."""
+    """The card of values that were packed as `before` says and then again as `now` says.
+
+    Raises ConfigError if both together scale beyond what a card can say.
+    """
     if before is None:
         return now
     values = dict(before) | {name: value for name, value in now if value is not None}
@@ -132,6 +138,11 @@ def joined(now: ModalityCard, before: ModalityCard | None) -> ModalityCard:
         values["mean"], values["std"] = new
     elif all(isinstance(each, tuple) for each in (*old, *new)):
         pairs = _scaled_twice(*(each for each in (*old, *new) if isinstance(each, tuple)))
+        if not all(abs(number) <= MOST_SCALE for pair in pairs for number in pair):
+            raise ConfigError(
+                f"the values were scaled before, and both scalings together go beyond +-{MOST_SCALE:g}: pack what they were "
+                "made of again"
+            )
         values["mean"], values["std"] = zip(*pairs, strict=True)
     return ModalityCard(**values)
 

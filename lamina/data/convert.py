@@ -15,7 +15,7 @@ from lamina.data.items import Array
 from lamina.data.sound import LogMel, SoundSettings, read_wav
 from lamina.data.tables import SUFFIXES, read_numbers, read_text
 from lamina.data.text import Tokenizer, open_tokenizer
-from lamina.data_card import MAX_NUMBERS, ModalityCard, numbers_field
+from lamina.data_card import MAX_NUMBERS, MOST_SCALE, ModalityCard, numbers_field
 from lamina.errors import ConfigError, DataError
 from lamina.model import AnyEncoder, Input, TextTokens
 from lamina.names import MOST_INPUT
@@ -245,6 +245,9 @@ def _per_channel(option: str, name: str, given: tuple[float, ...], shape: tuple[
     """Broadcasts one number, or one for each channel, over the shape."""
     if len(given) not in (1, shape[axis]):
         raise ConfigError(f"{option} of {name} takes 1 or {shape[axis]} numbers, given {len(given)}")
+    wrong = [number for number in given if not abs(number) <= MOST_SCALE]
+    if wrong:
+        raise ConfigError(f"{option} of {name} takes numbers within +-{MOST_SCALE:g}, given {wrong[0]}")
     places = [1] * len(shape)
     places[axis] = len(given)
     return np.asarray(given, np.float32).reshape(places)

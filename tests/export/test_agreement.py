@@ -21,7 +21,7 @@ from lamina.names import EngineName
 from tests.export.menu import MENU, STEMS
 
 FEW = settings(
-    max_examples=12,
+    max_examples=5,  # a model takes some ten seconds of one core
     deadline=None,
     derandomize=True,
     database=None,

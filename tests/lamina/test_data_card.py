@@ -14,7 +14,7 @@ from lamina.data.convert import Settings
 from lamina.data.models import load_target
 from lamina.data.pack import Options, check, pack
 from lamina.data.sound import SoundSettings
-from lamina.data_card import MAX_NAMES_BYTES, DataCard, ModalityCard, classes_field, numbers_field, read_card
+from lamina.data_card import MAX_NAMES_BYTES, DataCard, ModalityCard, classes_field, joined, numbers_field, read_card
 from lamina.errors import ConfigError, DataError
 from lamina.plan import Plan
 from tests.lamina.test_data_pack import write_plan
@@ -249,3 +249,16 @@ def test_a_stereo_file_of_another_rate_says_the_rate_it_was_brought_to(tmp_path)
         assert file.getframerate() == 44100
     write_table(tmp_path / "d", ("file", "label"), [("x.wav", 1)])
     assert fields(packed(tmp_path, tmp_path / "d", make_model(WAVEFORM)))["audio.rate"] == 16000
+
+
+def test_values_that_were_scaled_twice_beyond_any_number_are_refused():
+    assert joined(ModalityCard(mean=(0.0,), std=(4.0,)), ModalityCard(mean=(1.0,), std=(2.0,))).std == (8.0,)
+    with pytest.raises(ConfigError, match="both scalings together go beyond .*: pack what they were made of again"):
+        joined(ModalityCard(mean=(1e20,), std=(1.0,)), ModalityCard(mean=(0.0,), std=(1e20,)))
+
+
+@pytest.mark.parametrize("field", ["rate", "window_ms", "hop_ms"])
+def test_a_card_says_of_sounds_what_the_options_could(field):
+    """A plan's card is what devices pack with: a window of 1e9 ms would take all of their memory."""
+    with pytest.raises(ValueError, match="less than or equal to"):
+        ModalityCard(**{field: 1_000_000})

@@ -267,6 +267,10 @@ def test_the_command_takes_every_source(tmp_path):
         (("--mean", "sound=1"), "--mean names 'sound'; the model has image"),
         (("--std", "0"), "--std of image must be above 0"),
         (("--mean", "1,2"), "takes 1 or 3 numbers, given 2"),
+        (("--mean", "nan"), r"--mean of image takes numbers within \+-1e\+38, given nan"),
+        (("--mean", "0,1e39,0"), r"within \+-1e\+38, given 1e\+39"),
+        (("--std", "inf"), r"--std of image takes numbers within \+-1e\+38, given inf"),
+        (("--window-ms", "nan"), "--window-ms is a number of milliseconds, given nan"),
         (("--classes", "none.txt"), "none.txt does not exist"),
     ],
 )
