@@ -159,10 +159,11 @@ def remove_updates(house: House, round_id: int) -> None:
 
 
 def remove_leftovers(house: House) -> None:
-    """Deletes bodies that a crash left behind: of rounds whose aggregation, or calibration, is committed."""
+    """Deletes bodies that a crash left behind: of cancelled runs, and of rounds whose aggregation or calibration is over."""
+    open_round = select(RoundRow.id).join(RunRow, RunRow.number == RoundRow.run_number).where(RunRow.halt != "cancelled")
     with house.database.read() as session:
-        needed = set(session.scalars(select(RoundRow.id).where(RoundRow.phase.in_(("training", "aggregating")))))
-        calibrating = set(session.scalars(select(RoundRow.id).where(RoundRow.phase == "calibrating")))
+        needed = set(session.scalars(open_round.where(RoundRow.phase.in_(("training", "aggregating")))))
+        calibrating = set(session.scalars(open_round.where(RoundRow.phase == "calibrating")))
     kept = {house.calibration_file(round_id) for round_id in calibrating}
     for path in house.settings.updates.iterdir():
         round_id = path.name.partition("-")[0]

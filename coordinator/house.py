@@ -58,6 +58,11 @@ class House:
         """Where an accepted update of a calibrator lies until it is applied."""
         return self.settings.updates / f"calibration-{round_id}"
 
+    def remove_bodies(self, round_id: int) -> None:
+        """Deletes the files of all updates of a round; their rows stay."""
+        for path in (*self.settings.updates.glob(f"{round_id}-*"), self.calibration_file(round_id)):
+            path.unlink(missing_ok=True)
+
     def _longest_wait(self) -> float:
         """How long, in seconds, any open run may wait for a device, and so hear of none."""
         with self.database.read() as session:

@@ -43,6 +43,7 @@ def operate(house: House, run_id: str, command: RunCommand, who: str) -> History
     """
     now = house.clock()
     undone: list[int] = []
+    given_up: list[int] = []
     with house.database.write() as session:
         house.clock.store(session, now, is_urgent=True)
         run = get_run(session, run_id)
@@ -60,6 +61,7 @@ def operate(house: House, run_id: str, command: RunCommand, who: str) -> History
                 _require(run, "cancel", ("running", "paused", "failed", "cancelled"))
                 if run.state != "cancelled":
                     run.stop("cancelled", command.reason, now)
+                given_up = [row.id] if (row := current_round(session, run)) else []
             case "close_round":
                 _require(run, "close a round of", ("running",))
                 detail = _join(_close_round(house, session, run, command, now), detail)
@@ -72,10 +74,9 @@ def operate(house: House, run_id: str, command: RunCommand, who: str) -> History
         after = _standing(run)
         was_done = before != after or bool(undone) or command.command == "close_round"
         entry = note(house, session, command.command, before, after, who, run, detail=detail, is_kept=was_done)
-    for round_id in undone:
+    for round_id in (*undone, *given_up):
         house.trouble.pop(round_id, None)
-        for path in (*house.settings.updates.glob(f"{round_id}-*"), house.calibration_file(round_id)):
-            path.unlink(missing_ok=True)
+        house.remove_bodies(round_id)
     return entry
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 from pydantic import TypeAdapter, ValidationError
 
 from lamina.address import coordinator_address, proxy_of, tls_context
+from lamina.deadlines import BoundedBackend, BoundedStream
 from lamina.digests import CONTENT_DIGEST, REQUEST_DIGEST, content_digest, request_digest
 from lamina.errors import ConfigError, LaminaError, ProtocolError, TlsError, all_errors
 from lamina.light_imports import hidden
@@ -77,10 +78,8 @@ class Connection:
             # identity: a blob's length and ranges must be those of the blob, not of a compressed form of it.
             headers={"Accept-Encoding": "identity"},
             timeout=httpx.Timeout(read_seconds, connect=10.0),
-            transport=transport,
+            transport=transport or _bounded(context, httpx.Proxy(proxy.url, ssl_context=context) if proxy else None, clock),
             trust_env=False,
-            verify=context or False,
-            proxy=httpx.Proxy(proxy.url, ssl_context=context) if proxy else None,
             follow_redirects=False,
         )
 
@@ -100,6 +99,9 @@ class Connection:
         sent[REQUEST_DIGEST] = request_digest(method, path, sent)
         try:
             with self._http.stream(method, path, content=body, headers=sent) as response:
+                stream = response.extensions.get("network_stream")
+                if isinstance(stream, BoundedStream):
+                    stream.head_came()
                 yield response
         except httpx.LocalProtocolError as error:  # its text quotes the header, which may hold a token
             raise ProtocolError(
@@ -158,6 +160,13 @@ class Connection:
             address = self.url.replace("https:", "http:", 1)
             raise TlsError(f"the coordinator at {self.url}{self.way} speaks http, not https: use {address}") from error
         raise TlsError(f"no secure connection to {self.url}{self.way} comes about: {printable(str(cause))}") from error
+
+
+def _bounded(context: ssl.SSLContext | None, proxy: httpx.Proxy | None, clock: Callable[[], float]) -> httpx.HTTPTransport:
+    """The network, with streams that end whatever the peer does."""
+    transport = httpx.HTTPTransport(verify=context or False, trust_env=False, proxy=proxy)
+    transport._pool._network_backend = BoundedBackend(clock)  # httpx has no option for it
+    return transport
 
 
 def path_of(*parts: str | int) -> str:

@@ -1,6 +1,5 @@
 """`lamina data`: a user's own examples as the file that a device trains from, and what is wrong with them."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -297,9 +296,6 @@ def _options(
         raise ConfigError("--all-train and --test-share exclude each other")
     if test_share is not None and not 0 < test_share < 1:
         raise ConfigError(f"--test-share {test_share} is outside of 0..1; for no test examples pass --all-train")
-    for option, milliseconds in (("--window-ms", window_ms), ("--hop-ms", hop_ms)):
-        if milliseconds is not None and not math.isfinite(milliseconds):
-            raise ConfigError(f"{option} is a number of milliseconds, given {milliseconds}")
     names = dict(_pair(text, "--rename") for text in rename or ())
     unknown = [name for name in names if name not in model.modalities]
     if unknown:

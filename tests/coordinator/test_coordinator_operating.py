@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from coordinator_harness import Device, FakeClock, InProcess, make_bundle, problem_of, work_until_finished
 from typer.testing import CliRunner
@@ -14,7 +13,7 @@ import lamina.client
 from lamina.cli.main import app
 from lamina.errors import LaminaError
 from lamina.plan import Cohort
-from lamina.tensors import encode, hash_bytes
+from lamina.tensors import hash_bytes
 from lamina.wire import Assignment, Enrolments, History, HistoryEntry
 
 ONE = Cohort(size=1, deadline_seconds=1000, lease_seconds=100)
@@ -151,15 +150,23 @@ def test_weights_that_are_lost_fail_the_run_and_end_no_device(coordinator: InPro
     assert work_until_finished(coordinator, [device]).state == "finished"
 
 
-def test_weights_beyond_what_the_plan_may_send_fail_the_run_and_end_no_device(coordinator: InProcess) -> None:
-    coordinator.publish(make_bundle(rounds=[9], strategy="end_to_end", cohort=ONE, download_encoding="fp16"))
-    device = coordinator.join("a", encodings=("fp32", "fp16"))
-    for _ in range(8):  # each within what an update may hold
-        work = device.work()
-        body = encode({name: np.full_like(value, 9e3) for name, value in device.difference(work).items()})
-        assert device.send(work, body).status_code == 200
-    assert device.wait().reason == "no_run"
-    assert "above fp16's 65504" in coordinator.status().detail
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_cancelled_run_leaves_no_updates_on_the_disk(coordinator: InProcess, monkeypatch, is_killed: bool) -> None:
+    """Also where the coordinator ends between the command and the deletion."""
+    coordinator.publish(make_bundle(rounds=[2], strategy="end_to_end", cohort=TWO))
+    device, other = coordinator.join("a"), coordinator.join("b")
+    device.check_in(), other.check_in()
+    assert device.send(device.work()).status_code == 200
+    updates = coordinator.state / "updates"
+    assert len(list(updates.iterdir())) == 1
+    if is_killed:
+        monkeypatch.setattr(type(coordinator.app.state.house), "remove_bodies", lambda house, round_id: None)
+    do(coordinator, "cancel")
+    if is_killed:
+        assert list(updates.iterdir())
+        coordinator.restart()
+    assert list(updates.iterdir()) == []
+    assert len(coordinator.status().rounds[0].updates) == 1
 
 
 def test_a_cancelled_run_frees_its_devices(coordinator: InProcess) -> None:

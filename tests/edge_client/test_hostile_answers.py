@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+import lamina.deadlines
 from edge_client.blobs import BlobCache
 from edge_client.heartbeat import check_in
 from edge_client.job import Heartbeat
@@ -214,6 +215,50 @@ def test_an_answer_that_drips_is_given_up_within_patience():
     ):
         transport.check_in(CHECK_IN)
     assert clock.now < 600
+
+
+INTERIM = b"HTTP/1.1 103 Early Hints\r\n\r\n"
+DRIPS = {
+    "a head that never ends": lambda: (b"HTTP/1.1 200 OK\r\n", *repeat(b"X-A: b\r\n", 400)),
+    "a line that never ends": lambda: (b"HTTP/1.1 200 OK\r\nX-A: ", *repeat(b"b", 400)),
+    "early hints without an answer": lambda: repeat(INTERIM, 400),
+}
+
+
+@pytest.mark.parametrize("pieces", DRIPS.values(), ids=DRIPS)
+def test_a_head_that_drips_is_given_up_within_patience(pieces, monkeypatch):
+    """A piece each tenth of a second, each of which comes well within the time-out of a socket."""
+    monkeypatch.setattr(lamina.deadlines, "HEAD_SECONDS", 0.8)
+
+    def drip(path):
+        for piece in pieces():
+            yield piece
+            server.pause(0.1)
+
+    began = time.monotonic()
+    with (
+        hostile(drip) as server,
+        device(server, patience_seconds=1.0) as transport,
+        pytest.raises(UnreachableError, match=r"the head of the answer did not end within 1 s|timed out"),
+    ):
+        transport.check_in(CHECK_IN)
+    assert time.monotonic() - began < 15
+
+
+def test_a_body_may_take_longer_than_a_head(tmp_path, monkeypatch):
+    monkeypatch.setattr(lamina.deadlines, "HEAD_SECONDS", 0.8)
+
+    def slow(path):
+        head, body = http(BLOB)[: -len(BLOB)], BLOB
+        yield head
+        for start in range(0, len(body), len(body) // 16):
+            yield body[start : start + len(body) // 16]
+            server.pause(0.1)
+
+    with hostile(slow) as server, device(server) as transport:
+        transport.download(DIGEST, tmp_path / "blob")
+    assert (tmp_path / "blob").read_bytes() == BLOB
+    assert len(server.heads) == 1
 
 
 @pytest.mark.parametrize(("shortest", "longest"), [(0, 0), (0, 86400), (86400, 86400), (5, 1), (3, 3)])

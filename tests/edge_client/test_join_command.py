@@ -30,7 +30,7 @@ def options(folder, engine="onnxruntime"):
 
 
 def test_every_option_reaches_the_device(command, device, tmp_path):
-    more = ("--run", "r1", "--until-finished", "--disk-mb", "3", "--trust", KEY, "--allow-unsigned")
+    more = ("--run", "r1", "--until-finished", "--disk-mb", "3", "--trust", KEY, "--allow-unsigned", "--stall-minutes", "7")
     done = command(*options(tmp_path), "--token-file", tmp_path / "token", *more)
     assert done.exit_code == 0, done.output
     assert device == [
@@ -47,6 +47,7 @@ def test_every_option_reaches_the_device(command, device, tmp_path):
             "disk_bytes": 3_000_000,
             "trust": [KEY],
             "allow_unsigned": True,
+            "stall_seconds": 420.0,
         }
     ]
     assert Options(**device[0]).has_worked is False

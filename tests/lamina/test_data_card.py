@@ -253,7 +253,7 @@ def test_a_stereo_file_of_another_rate_says_the_rate_it_was_brought_to(tmp_path)
 
 def test_values_that_were_scaled_twice_beyond_any_number_are_refused():
     assert joined(ModalityCard(mean=(0.0,), std=(4.0,)), ModalityCard(mean=(1.0,), std=(2.0,))).std == (8.0,)
-    with pytest.raises(ConfigError, match="both scalings together go beyond .*: pack what they were made of again"):
+    with pytest.raises(ConfigError, match=r"both scalings together go beyond .*: pack what they were made of again"):
         joined(ModalityCard(mean=(1e20,), std=(1.0,)), ModalityCard(mean=(0.0,), std=(1e20,)))
 
 

@@ -270,7 +270,6 @@ def test_the_command_takes_every_source(tmp_path):
         (("--mean", "nan"), r"--mean of image takes numbers within \+-1e\+38, given nan"),
         (("--mean", "0,1e39,0"), r"within \+-1e\+38, given 1e\+39"),
         (("--std", "inf"), r"--std of image takes numbers within \+-1e\+38, given inf"),
-        (("--window-ms", "nan"), "--window-ms is a number of milliseconds, given nan"),
         (("--classes", "none.txt"), "none.txt does not exist"),
     ],
 )
