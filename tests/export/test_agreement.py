@@ -2,10 +2,11 @@
 
 The doctor's verdict is compared with a whole export for the torch engine: reading, cutting, tracing, differentiating, parity
 and the signed bundle; only the compilers of other engines are left out. A smaller sample is exported for ONNX Runtime,
-compiler and all.
+compiler and all. LAMINA_MODELS=300 makes the sample of the slow test larger: some twenty minutes of one core.
 """
 
 import json
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +22,7 @@ from lamina.names import EngineName
 from tests.export.menu import MENU, STEMS
 
 FEW = settings(
-    max_examples=5,  # a model takes some ten seconds of one core
+    max_examples=8,  # a model takes four seconds of one core
     deadline=None,
     derandomize=True,
     database=None,
@@ -85,14 +86,14 @@ def test_what_the_doctor_says_is_what_an_export_does(model, program_cache) -> No
 
 
 @pytest.mark.slow
-@settings(FEW, max_examples=300)
+@settings(FEW, max_examples=int(os.environ.get("LAMINA_MODELS", "60")))
 @given(model=MODELS)
 def test_it_is_so_for_many_models(model, program_cache) -> None:
     check_agreement(model, "torch", program_cache)
 
 
 @pytest.mark.slow
-@settings(FEW, max_examples=60)
+@settings(FEW, max_examples=15)
 @given(model=MODELS)
 def test_it_is_so_with_a_compiler(model, program_cache) -> None:
     check_agreement(model, "onnxruntime", program_cache)
@@ -100,6 +101,5 @@ def test_it_is_so_with_a_compiler(model, program_cache) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MENU)
-@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
-def test_it_is_so_for_each_layer_of_the_menu(name, engine, program_cache) -> None:
-    check_agreement({"stem": "sigmoid", "layers": [name, "linear"]}, engine, program_cache)
+def test_it_is_so_for_each_layer_of_the_menu(name, program_cache) -> None:
+    check_agreement({"stem": "sigmoid", "layers": [name, "linear"]}, "torch", program_cache)
