@@ -92,7 +92,7 @@ def fake_manifest(plan: Plan, references=(), calibrate_batch=4) -> Manifest:
         loss_programs=program("loss", "loss", 0) if in_three else {},
         view_loss_programs=program("view loss", "loss", 0, inputs=views) if in_three and plan.device_modalities else {},
         stages=tuple(stages),
-        blobs=dict.fromkeys([*programs, *weights.values()], 1),
+        blobs=dict.fromkeys([*programs, *weights.values()], 100),
         versions={},
     )
 

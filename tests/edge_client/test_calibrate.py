@@ -68,13 +68,14 @@ class Fetched(Exception):
 
 def check_in(monkeypatch, tmp_path, data, role, phase="train", plan=None, **more):
     manifest = fake_manifest(plan or make_plan())
+    stage = manifest.plan.stages[0]
     work = Assignment(
         phase=phase,
         run="r",
         manifest=hash_bytes(manifest.to_json()),
         stage=0,
         round=0,
-        weights=manifest.initial_weights,
+        weights={name: manifest.initial_weights[name] for name in (*stage.active, *stage.frozen)},
         lease_seconds=60,
         upload_encoding="fp32",
         **more,

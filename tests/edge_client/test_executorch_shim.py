@@ -65,7 +65,7 @@ def fresh(code, *arguments):
 class EveryType:
     """A `.pte` of inputs that training programs do not have, as an int8 prefix does; and its description."""
 
-    role, precision, weights, references, max_batch = "frozen", "fp32", (), (), 4
+    role, precision, weights, frozen, references, max_batch = "frozen", "fp32", (), (), (), 4
 
     def __init__(self, folder):
         import torch
