@@ -103,6 +103,8 @@ class Connection:
                 if isinstance(stream, BoundedStream):
                     stream.head_came()
                 yield response
+        except httpx.InvalidURL as error:  # httpx looks at where a redirection leads, though nobody follows it
+            raise ProtocolError(f"{method} {self.url}{printable(path)} is redirected to what is no address") from error
         except httpx.LocalProtocolError as error:  # its text quotes the header, which may hold a token
             raise ProtocolError(
                 f"{method} {self.url}{printable(path)} cannot be sent: it has a header that HTTP forbids"

@@ -444,3 +444,15 @@ def test_a_connection_cut_by_a_real_server_resumes(tmp_path, said):
         server.server_close()
     assert CuttingServer.ranges == [None, "bytes=100000-"]
     assert "next try in 0.0 s" in said[0]
+
+
+@pytest.mark.parametrize("location", ["X: y", "http://[", "//", ""])
+def test_a_redirection_to_no_address_is_a_named_error(location):
+    transport = Transport(
+        "http://c",
+        "t",
+        transport=httpx.MockTransport(lambda _: httpx.Response(302, headers={"Location": location})),
+        sleep=lambda _: None,
+    )
+    with pytest.raises(ProtocolError):
+        transport.check_in(CHECK_IN)

@@ -86,7 +86,7 @@ def test_what_the_doctor_says_is_what_an_export_does(model, program_cache) -> No
 
 
 @pytest.mark.slow
-@settings(FEW, max_examples=int(os.environ.get("LAMINA_MODELS", "60")))
+@settings(FEW, max_examples=int(os.environ.get("LAMINA_MODELS", "40")))
 @given(model=MODELS)
 def test_it_is_so_for_many_models(model, program_cache) -> None:
     check_agreement(model, "torch", program_cache)
