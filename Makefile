@@ -64,7 +64,7 @@ bench-accuracy: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.accuracy
 
 bench-fit: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.fit
+	$(BIN)/python -m benchmarks.fit_predictions
 
 bench-fidelity: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.fidelity

@@ -5,7 +5,7 @@ Question   Final test accuracy on AV-Digits MEDIUM, layer-wise over 4 devices, o
            feature cache; 3 seeds.
 Method     The demo's data, and its plan without gradient blending, through real processes on ONNX Runtime. A row is the mean
            over seeds.
-Not shown  Larger models; seeds and settings of the demo were chosen on the same data (`benchmarks.demo_plan`).
+Not shown  Larger models; seeds and settings of the demo were chosen on the same data (`benchmarks.demo.plan`).
 
     python -m benchmarks.accuracy [--seeds 0,1,2] [--rows NAME,NAME] [--fresh]
 
@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.data.av_digits import load_av_digits
-from benchmarks.demo import DemoSettings, deal_data
-from benchmarks.demo_plan import MODEL, demo_plan
-from benchmarks.federated import federated_run
+from benchmarks.demo.demo import DemoSettings, deal_data
+from benchmarks.demo.federated import federated_run
+from benchmarks.demo.plan import MODEL, demo_plan
 from benchmarks.results_file import RESULTS, write_results
-from lamina.plan import FeatureStore
+from lamina.plans.plan import FeatureStore
 
 DEVICES, ROUNDS, BOUND_POINTS = 4, 18, 1.0
 RESULT = "accuracy"

@@ -2,7 +2,7 @@
 
 Question   Peaks of the device's own processes (supervisor, talk, train) for the workload vit12: one block with micro-batch 1,
            and all 12 blocks with the whole batch of 16.
-Method     `edge_client.trainer` does a real job, fresh for each case; the features are made in the same process (`fill`) or
+Method     `edge_client.train.trainer` does a real job, fresh for each case; features are made in its process (`fill`) or
            are there already (`train`). `device` is the supervisor plus the larger of talk and train, which never run at the
            same time. Eager PyTorch end to end is taken from benchmarks/results/memory.json.
 Not shown  Data sets that are larger than two batches: rows are read from the file, one micro-batch at a time.
@@ -18,10 +18,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.client import base_peaks, measure_stage
+from benchmarks.device.job_alone import base_peaks, measure_stage
+from benchmarks.device.workloads import OPTIMIZERS, WORKLOADS, Graph, one_stage_plan
 from benchmarks.results_file import RESULTS, write_results
-from benchmarks.workloads import OPTIMIZERS, WORKLOADS, Graph, one_stage_plan
-from lamina.manifest import EngineName
+from lamina.bundles.manifest import EngineName
 
 ENGINES: tuple[EngineName, ...] = ("onnxruntime", "executorch")
 CASES: tuple[tuple[Graph, int | None], ...] = (("full", None), ("cut", 1))

@@ -25,19 +25,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.device.workloads import CLASSES, vit_tiny_plan
 from benchmarks.executorch_bindings import Bindings
 from benchmarks.results_file import write_results
-from benchmarks.workloads import CLASSES, vit_tiny_plan
 from edge_client.engines import Engine, load_engine
 from edge_client.job import ProgramFile, SegmentFile, Tensor
-from edge_client.optimizers import make_optimizer
-from edge_client.stage_model import StageModel
-from export.bundle import export_bundle
-from export.cut import cut_stage, find_segments
-from export.models import build_model
-from lamina.bundle import blob_path
-from lamina.manifest import ENGINES, LABEL, EngineName, Manifest
-from lamina.plan import AdamW, Plan
+from edge_client.train.optimizers import make_optimizer
+from edge_client.train.stage_model import StageModel
+from export.build import export_bundle
+from export.graphs.cut import cut_stage, find_segments
+from export.models.models import build_model
+from lamina.bundles.bundle import blob_path
+from lamina.bundles.manifest import ENGINES, LABEL, EngineName, Manifest
+from lamina.plans.plan import AdamW, Plan
 
 BATCH, STAGE = 16, 1
 BOUND = 1.25

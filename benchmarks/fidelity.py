@@ -4,8 +4,8 @@ Question   The largest error of any program against eager PyTorch, for each adap
 Method     Small models of the libraries' own classes (`benchmarks.library_models`), layer-wise. Every program that the stages
            need (training, evaluation, frozen segments; for the contrastive pair: embed, loss, backward) is lowered afresh and
            run by its own runtime, with one sample and with two, on perturbed weights and random inputs, beside eager autograd
-           (`export.parity`). An error is the largest difference of an output, as a fraction of the output's largest value where
-           that is above 1. A rewrite is compared with the original on features that flow through the model.
+           (`export.lowering.parity`). An error is the largest difference of an output, as a fraction of the output's largest
+           value where that is above 1. A rewrite is compared with the original on features that flow through the model.
 Not shown  Models of other sizes, and what hundreds of steps make of the errors.
 
     python -m benchmarks.fidelity [--model NAME ...] [--engine NAME ...] [--fresh]
@@ -29,17 +29,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import results_file
+from benchmarks.demo.report import versions
 from benchmarks.library_models import CONTRASTIVE, FACTORIES
-from benchmarks.report import versions
-from export import lower_executorch, lower_onnx, lower_torch
-from export.cut import cut_stage, find_pools, find_segments
-from export.parity import TOLERANCE
+from export.graphs.cut import cut_stage, find_pools, find_segments
+from export.lowering import lower_executorch, lower_onnx, lower_torch
+from export.lowering.parity import TOLERANCE
+from export.lowering.worker import lowering_pool
+from export.models.proofs import prove_model
+from export.plans.resolve import Resolved, resolve
 from export.programs import ProgramSet
-from export.proofs import prove_model
-from export.recipe import Resolved, resolve
-from export.worker import lowering_pool
+from lamina.bundles.manifest import ENGINES, EngineName
 from lamina.errors import LaminaError
-from lamina.manifest import ENGINES, EngineName
 
 NAME = "fidelity"
 COMMAND = "make bench-fidelity"

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.cpu_torchvision import make_torchvision_importable
-from export.adapters import adapt
-from export.adapters.cnn import MeanPixels
+from export.models.adapters import adapt
+from export.models.adapters.cnn import MeanPixels
 from export.trunk import Trunk
-from lamina.model import Image, TextTokens
+from lamina.plans.model import Image, TextTokens
 
 WIDTH, HEADS, INNER, LAYERS = 48, 3, 96, 2
 SIDE, PATCH = 32, 8  # pixels

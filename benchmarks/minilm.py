@@ -42,15 +42,15 @@ from benchmarks.data.emoji import Texts, load_emoji, split
 from benchmarks.data.fetch import cache_folder
 from benchmarks.data.minilm import PAD, load_minilm, load_tokenizer
 from benchmarks.data.partition import dirichlet_rows, even_rows
-from benchmarks.federated import federated_run
-from benchmarks.report import device_row
+from benchmarks.demo.federated import federated_run
+from benchmarks.demo.report import device_row
 from benchmarks.results_file import RESULTS, write_results
-from export.recipe import resolve
+from export.plans.resolve import resolve
+from lamina.bundles.keys import VARIABLE
+from lamina.bundles.manifest import EngineName
 from lamina.errors import DataError
-from lamina.keys import VARIABLE
-from lamina.manifest import EngineName
-from lamina.plan import Plan
-from lamina.recipe import Recipe, read_recipe
+from lamina.plans.plan import Plan
+from lamina.plans.recipe import Recipe, read_recipe
 
 RESULT, PLAN = "minilm", Path(__file__).parent / "plans" / "minilm.toml"
 DEVICES, BETA = 4, 1.0

@@ -19,14 +19,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.client import random_examples
-from benchmarks.federated import federated_run
+from benchmarks.demo.federated import federated_run
+from benchmarks.device.job_alone import random_examples
+from benchmarks.device.workloads import WORKLOADS
 from benchmarks.results_file import write_results
-from benchmarks.workloads import WORKLOADS
-from lamina.manifest import Manifest
-from lamina.model import ModelDescription
-from lamina.plan import SGD, Cohort, Plan, StrategyName, Training
-from lamina.strategies import make_stages
+from lamina.bundles.manifest import Manifest
+from lamina.plans.model import ModelDescription
+from lamina.plans.plan import SGD, Cohort, Plan, StrategyName, Training
+from lamina.plans.strategies import make_stages
 from lamina.wire import RunStatus
 
 ROUNDS_PER_STAGE, LOCAL_EPOCHS = 2, 2

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.demo.report import versions
 from benchmarks.device.machine import machine
-from benchmarks.report import versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -46,17 +46,17 @@ from torch import Tensor, nn
 
 from benchmarks import results_file
 from benchmarks.data.av_digits import load_av_digits
-from benchmarks.processes import Processes
-from export.split import export_split, make_parts
-from export.split_functions import split_functions
+from benchmarks.demo.processes import Processes
+from export.split.functions import split_functions
+from export.split.split import export_split, make_parts
 from lamina.client import read_token
 from lamina.errors import LaminaError
 from lamina.names import LABEL
-from lamina.plan import AdamW
-from lamina.split import FUSION, SplitPlan
-from lamina.split_client import SplitClient
-from lamina.split_manifest import SplitManifest
-from lamina.split_wire import SplitRound, SplitStatus
+from lamina.plans.plan import AdamW
+from lamina.split.client import SplitClient
+from lamina.split.manifest import SplitManifest
+from lamina.split.plan import FUSION, SplitPlan
+from lamina.split.wire import SplitRound, SplitStatus
 
 RESULT, COMMAND = "split-training", "make bench-split"
 PLAN = Path(__file__).parent / "plans" / "split" / "m2fedsa.toml"
@@ -242,7 +242,7 @@ def _mean(values: Iterator[int]) -> float | None:
 
 
 class Whole(nn.Module):
-    """The unsplit model: raw inputs of all modalities, label -> what `export.split_modules.DeviceStep` gives."""
+    """The unsplit model: raw inputs of all modalities, label -> what `export.split.modules.DeviceStep` gives."""
 
     def __init__(self, plan: SplitPlan, all_layers: bool) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """How many bytes does a round move each way, in each encoding, with and without zstd, and what does that cost in CPU time?
 
-Question   Bytes per device and round for `vit12` (`benchmarks.workloads`): one layer-wise stage against end to end.
+Question   Bytes per device and round for `vit12` (`benchmarks.device.workloads`): one layer-wise stage against end to end.
 Method     The tensor files that coordinator and device exchange, with real values: down, the weights of the active segments,
            one file for each segment; up, one file with the difference after 20 AdamW steps (eager PyTorch, made-up frames
            whose classes differ). As on the wire, int8 updates round at random, and a compressed file is used only where it is
@@ -27,13 +27,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.device.workloads import CLASSES, LAYERS, PATCH_VALUES, TOKENS, WORKLOADS, one_stage_plan
 from benchmarks.results_file import write_results
-from benchmarks.workloads import CLASSES, LAYERS, PATCH_VALUES, TOKENS, WORKLOADS, one_stage_plan
-from export.models import build_model
-from lamina.compression import Compression, compress, decompress
-from lamina.plan import Plan
-from lamina.segments import TensorSpec
-from lamina.tensors import ENCODINGS, Encoding, Float32, decode_file, encode, max_file_bytes
+from export.models.models import build_model
+from lamina.encoding.compression import Compression, compress, decompress
+from lamina.encoding.tensors import ENCODINGS, Encoding, Float32, decode_file, encode, max_file_bytes
+from lamina.plans.plan import Plan
+from lamina.plans.segments import TensorSpec
 
 STEPS, BATCH, EXAMPLES = 20, 16, 64
 Tensors = dict[str, Float32]

@@ -8,38 +8,27 @@ from typing import Annotated
 from fastapi import BackgroundTasks, Depends, FastAPI, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from coordinator import (
-    bodies,
-    cards,
-    check_in,
-    devices,
-    downloads,
-    evaluations,
-    history,
-    operating,
-    publish,
-    roster,
-    rounds,
-    signatures,
-    status,
-    updates,
-)
-from coordinator.aggregation import Aggregator, remove_leftovers
+from coordinator.aggregation.aggregator import Aggregator, remove_leftovers
 from coordinator.house import House
-from coordinator.incoming import Incoming
-from coordinator.integrity import Integrity
-from coordinator.last_acts import note_refusal, noting_refusals, noting_refusals_of_body
-from coordinator.problems import install
+from coordinator.http import bodies, downloads
+from coordinator.http.integrity import Integrity
+from coordinator.http.problems import install
+from coordinator.rounds import cards, check_in, devices, operating, publish, rounds, updates
+from coordinator.rounds import evaluation_results as evaluations
+from coordinator.rounds.slots import Address
+from coordinator.rounds.timeline import Clock
+from coordinator.security import signatures
 from coordinator.settings import Settings
-from coordinator.slots import Address
 from coordinator.split.routes import split_routes
 from coordinator.split.runtime import Runtime
-from coordinator.timeline import Clock
+from coordinator.store.incoming import Incoming
+from coordinator.view import history, roster, status
+from coordinator.view.last_acts import note_refusal, noting_refusals, noting_refusals_of_body
 from lamina.bounds import MAX_COUNT
+from lamina.encoding.tensors import max_file_bytes
 from lamina.errors import ProtocolError
 from lamina.printable import printable
 from lamina.record import Record
-from lamina.tensors import max_file_bytes
 from lamina.wire import (
     REPORT_HEADER,
     SIGNATURE_HEADER,

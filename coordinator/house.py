@@ -5,16 +5,16 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from coordinator.blobs import Blobs
-from coordinator.database import Database
-from coordinator.gate import Gate
-from coordinator.incoming import remove_partial_files
+from coordinator.rounds.timeline import Clock, Timeline
+from coordinator.security.gate import Gate
+from coordinator.security.tokens import Tokens
 from coordinator.settings import Settings
-from coordinator.tables import ClockRow, RunRow
-from coordinator.timeline import Clock, Timeline
-from coordinator.tokens import Tokens
-from coordinator.variants import Variants
-from lamina.manifest import Manifest
+from coordinator.store.blobs import Blobs
+from coordinator.store.database import Database
+from coordinator.store.incoming import remove_partial_files
+from coordinator.store.tables import ClockRow, RunRow
+from coordinator.store.variants import Variants
+from lamina.bundles.manifest import Manifest
 
 
 class House:

@@ -15,11 +15,11 @@ import uvicorn
 
 from coordinator import heap
 from coordinator.app import create_app
-from coordinator.connections import Limits, Sparse, check_all, protocol, quiet_on_exhaustion
-from coordinator.private import make_private
+from coordinator.http.connections import Limits, Sparse, check_all, protocol, quiet_on_exhaustion
+from coordinator.rounds.timeline import Clock
+from coordinator.security.private import make_private
 from coordinator.settings import Settings
 from coordinator.split.runtime import Runtime
-from coordinator.timeline import Clock
 from lamina.errors import ConfigError, PortInUseError
 from lamina.files import write_durably
 

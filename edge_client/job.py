@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edge_client.versions import EVALUATED, epochs_of
-from lamina.compression import Compression
+from lamina.encoding.compression import Compression
+from lamina.encoding.tensors import Encoding
 from lamina.names import EngineName, Precision, Reference, Role
-from lamina.tensors import Encoding
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -44,7 +44,7 @@ class ReferenceFile:
 
 @dataclass(frozen=True)
 class ProgramFile:
-    """A program and where it lies (`lamina.manifest.Program`)."""
+    """A program and where it lies (`lamina.bundles.manifest.Program`)."""
 
     path: str
     blob: str
@@ -59,7 +59,8 @@ class ProgramFile:
 
 @dataclass(frozen=True)
 class SegmentFile:
-    """A segment's weights, a tensor file; and another with its frozen tensors, if it has any (`lamina.segments.Segment`)."""
+    """A segment's weights, a tensor file; and another with its frozen tensors, if it has any
+    (`lamina.plans.segments.Segment`)."""
 
     name: str
     path: str
@@ -82,7 +83,8 @@ class FrozenStep:
 
 @dataclass(frozen=True)
 class Rows:
-    """An array in a file: `offset` is where its .npy header starts, `identity` that of the file (`edge_client.rows`)."""
+    """An array in a file: `offset` is where its .npy header starts, `identity` that of the file
+    (`edge_client.rows.row_files`)."""
 
     path: str
     offset: int
@@ -92,8 +94,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of the rows (`lamina.plan.Augmentation`); `axes` are those of one row that may be shifted, cropped or
-    erased."""
+    """Random changes of the rows (`lamina.plans.plan.Augmentation`); `axes` are those of one row that may be shifted, cropped
+    or erased."""
 
     axes: tuple[int, ...]
     shift: int
@@ -172,11 +174,11 @@ class Job:
     """Of the moving average, where a program takes a `momentum` reference."""
     keep_optimizer: bool = False
     kept_folder: str = ""
-    """What the device keeps from one round of a stage to the next (`edge_client.kept`); empty: nothing."""
+    """What the device keeps from one round of a stage to the next (`edge_client.train.kept`); empty: nothing."""
     teacher: tuple[SegmentFile, ...] = ()
     """The segments that `teacher` references are taken from."""
     stall_seconds: float = 1800.0
-    """So long at most the training process may do no batch and no feature rows (`edge_client.watchdog`)."""
+    """So long at most the training process may do no batch and no feature rows (`edge_client.process.watchdog`)."""
 
     @property
     def trains(self) -> bool:

@@ -1,9 +1,9 @@
 """Assembling: final weights -> a plain model to deploy, from raw inputs to logits, embeddings or features, for three runtimes.
 
-    model.safetensors, model.pt    the state dict of the PyTorch model (`export.models.MultimodalModel`, or the user's)
+    model.safetensors, model.pt    the state dict of the PyTorch model (`export.models.models.MultimodalModel`, or the user's)
     model.onnx                     weights inside, any batch size
     model.pte                      weights inside, batch 1..batch_size of the plan
-    model.json                     the description of the model: what `export.models.build_model` takes
+    model.json                     the description of the model: what `export.models.models.build_model` takes
 
 A supervised model gives logits, a contrastive one normalised embeddings, a self-supervised one the pooled features (batch,
 width) before its heads, which are for training alone: the state dict still has them, the two programs do not. The three are run
@@ -23,27 +23,29 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from export.cut import find_pools, find_segments
-from export.fusions import classify
+from export.graphs.cut import find_pools, find_segments
+from export.graphs.trace import allow_batches, traced_batch
 from export.inputs import example_inputs, raw_input
-from export.lean_compilers import lean_onnx, lean_torch, lean_xnnpack
-from export.lower_onnx import OPSET, serialize
-from export.models import build_model
-from export.objectives import l2_normalise
-from export.parameters import in_order, trained
-from export.quiet import quiet
-from export.rewrites import plain_operations
-from export.trace import allow_batches, traced_batch
+from export.lowering.lower_onnx import OPSET, serialize
+from export.models.models import build_model
+from export.models.parameters import in_order, trained
+from export.objectives.fusions import classify
+from export.objectives.objectives import l2_normalise
+from export.ops.lean_compilers import lean_onnx, lean_torch, lean_xnnpack
+from export.ops.quiet import quiet
+from export.ops.rewrites import plain_operations
+from lamina.bundles.manifest import Manifest
+from lamina.encoding.tensors import Float32
 from lamina.errors import ConfigError, ParityError, TensorFileError
 from lamina.files import write_durably
-from lamina.manifest import Manifest
-from lamina.model import ModelDescription, SelfSupervised, Supervised
-from lamina.plan import Plan
-from lamina.segments import HEAD, layer, norm, projection, stem
-from lamina.tensors import Float32
+from lamina.plans.model import ModelDescription, SelfSupervised, Supervised
+from lamina.plans.plan import Plan
+from lamina.plans.segments import HEAD, layer, norm, projection, stem
 
 _MANY = 1 << 16  # ONNX plans no memory for the largest batch
-_LEAST_MAX = 3  # with a batch of at most 2, the ExecuTorch compiler makes programs for exactly 2 (export/lower_executorch.py)
+_LEAST_MAX = (
+    3  # with a batch of at most 2, the ExecuTorch compiler makes programs for exactly 2 (export/lowering/lower_executorch.py)
+)
 TOLERANCE = 1e-4  # between runtimes, over the whole depth of the model
 
 

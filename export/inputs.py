@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lamina.manifest import LABEL
-from lamina.model import Encoder, Input, ModelDescription, ModuleEncoder, TextTokens
-from lamina.segments import TensorSpec, prefix_chain
+from lamina.bundles.manifest import LABEL
+from lamina.plans.model import Encoder, Input, ModelDescription, ModuleEncoder, TextTokens
+from lamina.plans.segments import TensorSpec, prefix_chain
 
 AnyEncoder = Encoder | ModuleEncoder
 LABELS = TensorSpec(name=LABEL, shape=(), dtype="int64")

@@ -12,30 +12,30 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.export import ExportedProgram
 
-from export.cache import ProgramCache, program_key
-from export.cost import peak_live_bytes
-from export.cut import StageCut
-from export.faults import Fault, fault_of
-from export.frozen import frozen_graph, segment_precision
+from export.cost.counts import peak_live_bytes
+from export.faults.faults import Fault, fault_of
+from export.faults.supported import unsupported
+from export.faults.trace_errors import explain
+from export.graphs.cut import StageCut
+from export.graphs.frozen import frozen_graph, segment_precision
+from export.graphs.joint import backward_graph, joint_graph, loss_graph
+from export.graphs.sharing import Look, computes_the_same, look
+from export.graphs.stage_module import Terms, random_references
+from export.graphs.trace import Arrays, example_batch, forward_graph, graph_text
 from export.inputs import LABELS, embedding, example_inputs, segment_input
-from export.joint import backward_graph, joint_graph, loss_graph
-from export.objectives import ContrastiveLoss
-from export.parameters import frozen, trained
-from export.parity import check_finite, check_parity
-from export.self_supervised import KeyLoss, TwoViewLoss
-from export.sharing import Look, computes_the_same, look
-from export.stage_module import Terms, random_references
-from export.supported import unsupported
-from export.toolchain import FORMATS
-from export.trace import Arrays, example_batch, forward_graph, graph_text
-from export.trace_errors import explain
-from export.worker import LoweredProgram
+from export.lowering.cache import ProgramCache, program_key
+from export.lowering.parity import check_finite, check_parity
+from export.lowering.toolchain import FORMATS
+from export.lowering.worker import LoweredProgram
+from export.models.parameters import frozen, trained
+from export.objectives.objectives import ContrastiveLoss
+from export.objectives.self_supervised import KeyLoss, TwoViewLoss
+from lamina.bundles.manifest import EngineName, Precision, Program, ProgramReference, Role, gradient_input
 from lamina.errors import CutError, ExportError, ParityError
-from lamina.manifest import EngineName, Precision, Program, ProgramReference, Role, gradient_input
-from lamina.model import Contrastive, ModelDescription, SelfSupervised
 from lamina.names import ANY_MODALITY, key_of, second_view
-from lamina.plan import Plan, Stage
-from lamina.segments import TensorSpec
+from lamina.plans.model import Contrastive, ModelDescription, SelfSupervised
+from lamina.plans.plan import Plan, Stage
+from lamina.plans.segments import TensorSpec
 
 Start = Callable[[EngineName, ExportedProgram], Callable[[], LoweredProgram]]
 Keys = dict[EngineName, str]
@@ -258,7 +258,7 @@ class ProgramSet:
             on_progress(len(self.lowered), len(self.wanted))
 
     def activation_bytes(self, key: str) -> int:
-        """Peak bytes of intermediate values at the program's largest batch (`lamina.manifest.Program`)."""
+        """Peak bytes of intermediate values at the program's largest batch (`lamina.bundles.manifest.Program`)."""
         arena = self.lowered[key].arena_bytes
         wanted = self.wanted[key]
         return peak_live_bytes(wanted.graph, wanted.max_batch) if arena is None else arena

@@ -5,10 +5,10 @@
     norm      the last layer's features -> the same shape; `nn.Identity()` if there is none
     pool      those -> (batch, width); it has no parameters
 
-`export.adapters` makes trunks of the common libraries' models. Any other module becomes one by having these attributes:
+`export.models.adapters` makes trunks of the common libraries' models. Any other module becomes one by having these attributes:
 
     class Mine(nn.Module):
-        input = lamina.model.Image(channels=3, height=32, width=32)     # or Values(shape=...), TextTokens(...)
+        input = lamina.plans.model.Image(channels=3, height=32, width=32)     # or Values(shape=...), TextTokens(...)
         stem: nn.Module
         layers: nn.ModuleList
         norm: nn.Module      # optional
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from export.faults import Fault
-from lamina.manifest import Rewrite
-from lamina.model import Input
+from export.faults.faults import Fault
+from lamina.bundles.manifest import Rewrite
+from lamina.plans.model import Input
 
 
 @dataclass(frozen=True)

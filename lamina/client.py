@@ -14,8 +14,12 @@ from typing import Self
 
 from pydantic import ValidationError
 
-from lamina.bundle import blob_path, manifest_bytes, read_signature
-from lamina.connection import (
+from lamina.bundles.bundle import blob_path, manifest_bytes, read_signature
+from lamina.bundles.manifest import Manifest
+from lamina.encoding.tensors import join_files
+from lamina.errors import ConfigError, HashMismatchError, ProtocolError, UnknownNameError, UnreachableError
+from lamina.files import move_durably, raise_if_full, write_durably
+from lamina.net.connection import (
     MAX_ANSWER_BYTES,
     Answer,
     Body,
@@ -29,12 +33,8 @@ from lamina.connection import (
     refusal,
     refuse_compressed,
 )
-from lamina.errors import ConfigError, HashMismatchError, ProtocolError, UnknownNameError, UnreachableError
-from lamina.files import move_durably, raise_if_full, write_durably
-from lamina.manifest import Manifest
 from lamina.printable import printable
 from lamina.record import Record, explain
-from lamina.tensors import join_files
 from lamina.wire import (
     SIGNATURE_HEADER,
     DeviceList,
@@ -129,7 +129,7 @@ class Client:
             return RunView(status=status)
 
     def command(self, run: str, command: RunCommand) -> HistoryEntry:
-        """Says what is to become of a run (`coordinator.operating`)."""
+        """Says what is to become of a run (`coordinator.rounds.operating`)."""
         return parsed(HistoryEntry, self._send("POST", path_of("v1", "runs", run, "commands"), command.to_json()))
 
     def history(self, run: str | None = None) -> History:

@@ -42,7 +42,8 @@ def gradient_input(modality: str) -> str:
 
 
 class TensorShape(Protocol):
-    """Name, shape and dtype of a tensor: `lamina.segments.TensorSpec` in a manifest, `edge_client.job.Tensor` in a job."""
+    """Name, shape and dtype of a tensor: `lamina.plans.segments.TensorSpec` in a manifest, `edge_client.job.Tensor` in a
+    job."""
 
     @property
     def name(self) -> str: ...
@@ -55,7 +56,7 @@ class TensorShape(Protocol):
 
 
 class ReferenceShape(Protocol):
-    """A reference of a program: `lamina.manifest.ProgramReference` or `edge_client.job.ReferenceFile`."""
+    """A reference of a program: `lamina.bundles.manifest.ProgramReference` or `edge_client.job.ReferenceFile`."""
 
     @property
     def kind(self) -> Reference: ...
@@ -64,7 +65,7 @@ class ReferenceShape(Protocol):
 
 
 class ProgramShape(Protocol):
-    """What a runtime has to know of a program: `lamina.manifest.Program`, or `edge_client.job.ProgramFile`."""
+    """What a runtime has to know of a program: `lamina.bundles.manifest.Program`, or `edge_client.job.ProgramFile`."""
 
     @property
     def role(self) -> Role: ...

@@ -1,12 +1,12 @@
 """The wire, version 1: every JSON message between devices, users and the coordinator. `docs/protocol.md` is its prose.
 
-Tensors never travel in JSON: they are the bodies of blob downloads and update uploads (`lamina.tensors`).
+Tensors never travel in JSON: they are the bodies of blob downloads and update uploads (`lamina.encoding.tensors`).
 Each request carries `Authorization: Bearer <token>`: the enrolment token for `POST /v1/devices`, the device's own token
 for what a device does, the admin token for publishing.
 
     POST /v1/devices                                              Enrolment -> Enrolled
     POST /v1/check-in                                             CheckIn -> Assignment | Wait | Refused | CardWanted
-    PUT  /v1/data-card                                            DataCard (`lamina.data_card`) -> 204
+    PUT  /v1/data-card                                            DataCard (`lamina.data.card`) -> 204
     GET  /v1/blobs/{sha256}                                       bytes; ETag is the sha256, Range is honoured
     PUT  /v1/blobs/{sha256}                                       bytes -> 201, or 200 if it was there (admin)
     POST /v1/runs                                                 Manifest, Signature in a header -> Published (admin)
@@ -44,11 +44,11 @@ from lamina.bounds import (
     SegmentName,
     Text,
 )
-from lamina.compression import Compression
-from lamina.manifest import EngineName, Sha256
-from lamina.model import Name
+from lamina.bundles.manifest import EngineName, Sha256
+from lamina.encoding.compression import Compression
+from lamina.encoding.tensors import Encoding
+from lamina.plans.model import Name
 from lamina.record import Record
-from lamina.tensors import Encoding
 
 REPORT_HEADER = "Lamina-Report"
 """Header of an update: the TrainReport as JSON in ASCII."""
@@ -86,7 +86,7 @@ class Problem(Record):
 
 
 class Signature(Record):
-    """Who made a bundle: an Ed25519 signature of its manifest's bytes (`lamina.signing` has the signed message).
+    """Who made a bundle: an Ed25519 signature of its manifest's bytes (`lamina.bundles.signing` has the signed message).
 
     `key_name` is what the signer calls the key. The signature does not cover it, so it decides nothing.
     """
@@ -121,7 +121,7 @@ class CheckIn(Record):
     """A device asks for work and says what it has. `run` limits the answer to one run.
 
     `encodings` and `compressions` are what it can read and write; fp32 and no compression need not be listed.
-    `data_card` is the sha256 of the card of its data (`lamina.data_card`), as JSON in UTF-8; empty: the data has none.
+    `data_card` is the sha256 of the card of its data (`lamina.data.card`), as JSON in UTF-8; empty: the data has none.
     A `calibrator` holds the server's own data: it gets phase `calibrate` and nothing else, and is no part of a cohort.
     """
 
@@ -333,7 +333,7 @@ class RunList(Record):
 
 
 class RunCommand(Record):
-    """What an operator wants of a run (`coordinator.operating`).
+    """What an operator wants of a run (`coordinator.rounds.operating`).
 
     `close_round` names the round that is to close, so that a repeated one closes no other. `rollback` names the closed round to
     go back to; without a round, it is the initial weights.

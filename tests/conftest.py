@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from lamina.keys import VARIABLE
+from lamina.bundles.keys import VARIABLE
 
 _made: list[str] = []
 

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import get_args
 
-from lamina.bundle import MANIFEST, read_bundle
-from lamina.manifest import Manifest
-from lamina.model import (
+from lamina.bundles.bundle import MANIFEST, read_bundle
+from lamina.bundles.manifest import Manifest
+from lamina.plans.model import (
     AudioFrames,
     Contrastive,
     Encoder,
@@ -19,8 +19,8 @@ from lamina.model import (
     Supervised,
     TextTokens,
 )
-from lamina.plan import Plan, StrategyName, Training
-from lamina.strategies import make_stages
+from lamina.plans.plan import Plan, StrategyName, Training
+from lamina.plans.strategies import make_stages
 
 MAX_BATCH = 4
 _IMAGE = ImagePatches(channels=3, height=8, width=8, patch=4)
@@ -100,7 +100,7 @@ INT8_PREFIX = make_plan(SUPERVISED, suffix="_int8", prefix_precision="int8")
 
 def shared_bundle(plan: Plan, engines: tuple[str, ...], folder: Path, cache: Path) -> tuple[Path, Manifest]:
     """The bundle of a plan in `folder`; the first process that asks exports it, the others wait."""
-    from export.bundle import export_bundle
+    from export.build import export_bundle
 
     name = "_".join((plan.name, *engines))
     folder.mkdir(parents=True, exist_ok=True)

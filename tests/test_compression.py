@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.compression import available_compressions, compress, compress_file, decompress, decompress_file
+from lamina.encoding.compression import available_compressions, compress, compress_file, decompress, decompress_file
 from lamina.errors import TensorFileError, TooLargeError
 
 TEXT = b"the same again and again " * 10_000
@@ -91,7 +91,7 @@ def test_without_the_package_there_is_no_compression_and_the_error_names_the_ext
     code = """
 import sys
 sys.modules["zstandard"] = None  # Python's own way to say: not importable
-from lamina.compression import available_compressions, compress
+from lamina.encoding.compression import available_compressions, compress
 from lamina.errors import ConfigError
 try:
     compress(b"x", "zstd")

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.demo_plan import MODEL, blended, demo_plan
-from lamina import model, plan
+from benchmarks.demo.plan import MODEL, blended, demo_plan
 from lamina.cli.reference import PAGE, render, verbs
-from lamina.plan import Plan
+from lamina.plans import model, plan
+from lamina.plans.plan import Plan
 from lamina.record import Record
 
 ROOT = Path(__file__).parent.parent

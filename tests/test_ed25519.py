@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.ed25519 import L, P, is_public_key, is_valid
+from lamina.bundles.ed25519 import L, P, is_public_key, is_valid
 
 # RFC 8032, section 7.1: TEST 1, TEST 2, TEST 3 and TEST SHA(abc): public key, message, signature.
 VECTORS = [

@@ -12,11 +12,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from typer.testing import CliRunner
 
+from lamina.bundles.keys import VARIABLE, keys_folder, load_key, new_key, own_key, own_keys, public_key, trust_key, users_trust
+from lamina.bundles.signing import Trust, TrustedKeys, fingerprint, key_text, parse_key, parse_signature
 from lamina.cli.key import key as command
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import ConfigError, SignatureError
-from lamina.keys import VARIABLE, keys_folder, load_key, new_key, own_key, own_keys, public_key, trust_key, users_trust
-from lamina.signing import Trust, TrustedKeys, fingerprint, key_text, parse_key, parse_signature
-from lamina.tensors import hash_bytes
 
 MANIFEST = b'{"format": 1}\n'
 DIGEST = hash_bytes(MANIFEST)

@@ -12,9 +12,9 @@ from hypothesis.extra import numpy as hnp
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from lamina.encoding.tensors import ENCODINGS, SCALE, decode_file, decode_one_by_one, encode, file_encoding, max_file_bytes
 from lamina.errors import ConfigError, TensorFileError
-from lamina.segments import TensorSpec
-from lamina.tensors import ENCODINGS, SCALE, decode_file, decode_one_by_one, encode, file_encoding, max_file_bytes
+from lamina.plans.segments import TensorSpec
 
 SPECS = [
     TensorSpec(name="a/w", shape=(4, 3)),
@@ -210,6 +210,7 @@ def test_an_int8_file_is_read_one_tensor_at_a_time(tmp_path: Path) -> None:
 
 def test_tensor_files_need_neither_pydantic_nor_http() -> None:
     heavy = ("pydantic", "httpx", "zstandard", "typer", "rich")
-    code = f"import sys, lamina.tensors, lamina.compression\nprint(*(name for name in {heavy} if name in sys.modules))"
+    modules = "sys, lamina.encoding.tensors, lamina.encoding.compression"
+    code = f"import {modules}\nprint(*(name for name in {heavy} if name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []

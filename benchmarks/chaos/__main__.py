@@ -30,8 +30,8 @@ from typing import Any
 
 from benchmarks.chaos.storms import Result, storms
 from benchmarks.results_file import write_results
+from lamina.bundles.keys import VARIABLE
 from lamina.errors import LaminaError
-from lamina.keys import VARIABLE
 
 
 def rows_of(result: Result) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from lamina.files import write_durably
 Part = Literal["supervisor", "talker", "trainer"]
 """The processes of a device. Talker and trainer are children of the supervisor; a resident trainer is one of the talker."""
 COORDINATOR = "coordinator"
-_MODULES: dict[Part, bytes] = {"talker": b"edge_client.device", "trainer": b"edge_client.trainer"}
+_MODULES: dict[Part, bytes] = {"talker": b"edge_client.talk.device", "trainer": b"edge_client.train.trainer"}
 _SAID_ERROR = re.compile(r"error \[([a-z-]+)\]")
 _START_SECONDS = 60
 _PAUSE_SECONDS = 0.5  # at most, before something that ended is started again

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from lamina.bundle import hash_file
+from lamina.bundles.bundle import hash_file
 
 _UPDATES = """
 select rounds.stage, rounds.round, devices.name, updates.content_sha256, updates.num_examples,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lamina.model import Encoder, ImagePatches, ModelDescription, Projection, Supervised
-from lamina.plan import AdamW, Cohort, FeatureStore, Plan, Training
-from lamina.strategies import make_stages
+from lamina.plans.model import Encoder, ImagePatches, ModelDescription, Projection, Supervised
+from lamina.plans.plan import AdamW, Cohort, FeatureStore, Plan, Training
+from lamina.plans.strategies import make_stages
 
 ENGINE = "onnxruntime"
 _CLASSES = 4

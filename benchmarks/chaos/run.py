@@ -13,10 +13,10 @@ from benchmarks.chaos.disturb import Tally, disturbed
 from benchmarks.chaos.house import COORDINATOR, House
 from benchmarks.chaos.left import Left, read_left
 from benchmarks.chaos.proxy import Proxy
+from lamina.bundles.manifest import Manifest
 from lamina.client import Client, read_token
 from lamina.errors import LaminaError
 from lamina.files import write_durably
-from lamina.manifest import Manifest
 
 _DISK_MEGABYTES = 16
 _ASK_SECONDS = 0.25

@@ -14,8 +14,8 @@ from benchmarks.chaos.house import COORDINATOR
 from benchmarks.chaos.left import Difference, difference
 from benchmarks.chaos.plan import ENGINE, small_plan, write_data
 from benchmarks.chaos.run import Bundle, Outcome, Storm, calm_run, stormy_run
-from export.bundle import export_bundle
-from lamina.plan import Plan
+from export.build import export_bundle
+from lamina.plans.plan import Plan
 
 Say = Callable[[str], None]
 _TELL_SECONDS = 10.0

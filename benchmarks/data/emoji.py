@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data.fetch import cache_folder
-from lamina.bundle import hash_file
+from lamina.bundles.bundle import hash_file
 from lamina.errors import DataError
 
 PACKAGE = ("emojibase-data@17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")

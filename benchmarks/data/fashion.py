@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data.fetch import cache_folder
-from lamina.bundle import hash_file
+from lamina.bundles.bundle import hash_file
 from lamina.errors import ConfigError, DataError
 
 PACKAGE = (

@@ -10,7 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from lamina.bundle import hash_file
+from lamina.bundles.bundle import hash_file
 from lamina.errors import DataError
 
 

@@ -83,7 +83,7 @@ def run_engine(case: dict[str, Any], reporter: Reporter) -> None:
     """Prepares the data and takes the steps. `case` is a `cases.PreparedCase` with the settings of this run beside it."""
     reporter.say("memory", at="numpy", bytes=rss_bytes())
     from edge_client.engines import load_engine
-    from edge_client.memory import give_back_free_memory
+    from edge_client.process.memory import give_back_free_memory
 
     engine = load_engine(case["side"])
     reporter.say("memory", at="engine", bytes=rss_bytes())
@@ -134,7 +134,7 @@ class Batch:
         give_back: Callable[[], None],
     ) -> None:
         """Runs a modality's frozen layers over the batch, one layer and one chunk of rows at a time, as a device does."""
-        from lamina.quantize import frozen_weights
+        from lamina.encoding.quantize import frozen_weights
 
         source: Path | None = None
         for depth, program in enumerate(chain):
@@ -218,7 +218,7 @@ class EngineStep:
         self._optimizer.step(self._parameters, self._gradient)
 
     def _contrastive(self) -> None:
-        """The exact gradient of a loss over the whole batch, in three steps (`lamina.manifest`)."""
+        """The exact gradient of a loss over the whole batch, in three steps (`lamina.bundles.manifest`)."""
         embeddings: list[Array] = []
         for first, inputs in self._batch.pieces():
             for index, part in enumerate(self._loaded["embed"].run([*self._weights, *inputs])):
@@ -240,7 +240,7 @@ class EngineStep:
 
 
 def _optimizer(name: str, count: int) -> Any:
-    from edge_client.optimizers import make_optimizer
+    from edge_client.train.optimizers import make_optimizer
 
     settings: dict[str, Any] = {"kind": name} | ({} if name == "adamw" else {"momentum": MOMENTUM})
     return make_optimizer(settings, count, RATE)
@@ -288,7 +288,7 @@ def main() -> None:
     events = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # some runtimes print to stdout; that must not come between the events
     reporter = Reporter(events)
-    from edge_client.memory import die_with_parent
+    from edge_client.process.memory import die_with_parent
 
     die_with_parent()
     case = json.loads(Path(sys.argv[1]).read_text())

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from lamina.bundles.manifest import EngineName
 from lamina.errors import ConfigError
-from lamina.manifest import EngineName
-from lamina.plan import Stage
+from lamina.plans.plan import Stage
 from lamina.record import Record
 
 Side = Literal["eager", "onnxruntime", "executorch", "torch"]
@@ -69,7 +69,7 @@ class Input(Record):
 
 
 class ProgramFile(Record):
-    """A program of `lamina.manifest` as the measuring process needs it; `file` lies in the folder of the bundle."""
+    """A program of `lamina.bundles.manifest` as the measuring process needs it; `file` lies in the folder of the bundle."""
 
     file: str
     role: str

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from benchmarks.device.case import MOMENTUM, RATE, Batch, Reporter, take_steps, tensor_of
 from benchmarks.device.kernel import rss_bytes
-from export.cut import cut_stage
-from export.models import build_model
-from export.objectives import ContrastiveLoss
-from lamina.model import Contrastive, ModelDescription
-from lamina.plan import Stage
+from export.graphs.cut import cut_stage
+from export.models.models import build_model
+from export.objectives.objectives import ContrastiveLoss
+from lamina.plans.model import Contrastive, ModelDescription
+from lamina.plans.plan import Stage
 
 
 def run_eager(case: dict[str, Any], reporter: Reporter) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.demo.report import versions
 from benchmarks.device.cases import CASES, BenchBundle, PreparedCase
 from benchmarks.device.machine import machine
 from benchmarks.device.power import Sensors
 from benchmarks.device.results import MemoryResult, Row
 from benchmarks.device.watch import Watched, watch
-from benchmarks.report import versions
 
 FLOAT_BYTES = 4
 MOMENTS = {"sgd": 1, "adamw": 2}

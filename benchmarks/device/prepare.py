@@ -13,25 +13,25 @@ from typing import Literal
 
 import torch
 
+from benchmarks.demo.report import versions
 from benchmarks.device.cases import BUNDLE, BenchBundle, Case, Input, PreparedCase, ProgramFile, Side
-from benchmarks.report import versions
-from benchmarks.workloads import WORKLOADS, one_stage_plan, stage_of
-from export.bundle import export_bundle
-from export.cache import ProgramCache, default_cache, program_key
-from export.cut import StageCut, cut_stage, find_segments
-from export.differentiate import trace_step
+from benchmarks.device.workloads import WORKLOADS, one_stage_plan, stage_of
+from export.build import export_bundle
+from export.graphs.cut import StageCut, cut_stage, find_segments
+from export.graphs.differentiate import trace_step
+from export.graphs.trace import EXAMPLE_BATCH, forward_graph, graph_text
 from export.inputs import example_inputs
-from export.models import build_model
-from export.trace import EXAMPLE_BATCH, forward_graph, graph_text
-from export.worker import LoweredProgram, end_idle_processes, lowering_pool
-from lamina.bundle import blob_path
+from export.lowering.cache import ProgramCache, default_cache, program_key
+from export.lowering.worker import LoweredProgram, end_idle_processes, lowering_pool
+from export.models.models import build_model
+from lamina.bundles.bundle import blob_path
+from lamina.bundles.manifest import LABEL, EngineName, Manifest, Program
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import ConfigError, LaminaError
 from lamina.files import write_durably
-from lamina.manifest import LABEL, EngineName, Manifest, Program
-from lamina.model import ModelDescription
-from lamina.plan import Plan, Stage
-from lamina.segments import TensorSpec
-from lamina.tensors import hash_bytes
+from lamina.plans.model import ModelDescription
+from lamina.plans.plan import Plan, Stage
+from lamina.plans.segments import TensorSpec
 
 PROGRAMS = "programs"
 OnProgress = Callable[[str], None]

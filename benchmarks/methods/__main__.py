@@ -2,10 +2,10 @@
 
 Question   Final test accuracy (recall at 5 for image-text pairs), planned memory, FLOPs and bytes of a device, over seeds.
 Method     Every cell is a whole federated run, simulated in one process with the real exporter, client and aggregation on
-           ONNX Runtime, or PyTorch on a GPU where there is one (`benchmarks.simulation`); nothing but waiting is left out.
-           Beside it a bound from above, the end-to-end plan on one client with all the data, and one from below, a linear
+           ONNX Runtime, or PyTorch on a GPU where there is one (`benchmarks.simulate.simulation`); nothing but waiting is left
+           out. Beside it a bound from above, the end-to-end plan on one client with all the data, and one from below, a linear
            model on raw values.
-Not shown  Published data sets and sizes; rates were chosen on AV-Digits for the three strategies (`benchmarks.demo_plan`).
+Not shown  Published data sets and sizes; rates were chosen on AV-Digits for the three strategies (`benchmarks.demo.plan`).
 
     python -m benchmarks.methods [--only "seglearn layerwise,emoji"] [--seeds 0,1,2] [--minutes 60] [--workers 2] [--fresh]
     python -m benchmarks.methods --list      what is done and what is left
@@ -33,7 +33,7 @@ from benchmarks.methods.gradients import gradient_table, summarise_gradients
 from benchmarks.methods.plot import draw
 from benchmarks.methods.run import plan_hash, row_or_error
 from benchmarks.methods.summary import NOTES, bars, markdown_of, recalls_of, summarise, table_of
-from edge_client.memory import PARENT, die_with_parent
+from edge_client.process.memory import PARENT, die_with_parent
 from lamina.errors import ConfigError
 
 RESULT, COMMAND = "methods", "make bench-methods"

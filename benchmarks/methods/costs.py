@@ -4,8 +4,8 @@ FLOPs are the multiply-accumulates that a device computes for one of its example
 round; evaluations are left out. They are counted by the papers' rule, backward twice the forward pass, and then as things are:
 
     a step     3 x forward of the active segments, of both views where two are compared; once more where micro-batches are
-               embedded before they are differentiated (`lamina.plan.Plan.embeds_first`); 1 x forward of what runs in copies of
-               the model (`export.stage_module.references_of`)
+               embedded before they are differentiated (`lamina.plans.plan.Plan.embeds_first`); 1 x forward of what runs in
+               copies of the model (`export.graphs.stage_module.references_of`)
     features   each frozen segment once for each version of the example that is taken, and again when it is no longer stored
 """
 
@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.simulation import SimulationResult
+from benchmarks.simulate.simulation import SimulationResult
 from edge_client import versions
+from export.graphs.stage_module import references_of
 from export.programs import stage_terms
-from export.stage_module import references_of
-from lamina.depth import drawn_prefix
-from lamina.manifest import EngineName
-from lamina.plan import Plan, Stage
+from lamina.bundles.manifest import EngineName
+from lamina.plans.depth import drawn_prefix
+from lamina.plans.plan import Plan, Stage
 
 A_DEVICE = "device-0"
 """Whose draws of frozen layers are counted."""

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from benchmarks.data import emoji, emoji_images, fashion, minilm, seglearn
 from benchmarks.data.av_digits import Level, load_av_digits
 from benchmarks.data.partition import dirichlet_rows, even_rows, natural_rows
-from benchmarks.demo_plan import HEADS, LAYERS, WIDTH
-from benchmarks.demo_plan import MODEL as AV_DIGITS
+from benchmarks.demo.plan import HEADS, LAYERS, WIDTH
+from benchmarks.demo.plan import MODEL as AV_DIGITS
 from lamina.errors import ConfigError
-from lamina.model import (
+from lamina.names import LABEL
+from lamina.plans.model import (
     Contrastive,
     Encoder,
     FamilyInput,
@@ -31,7 +32,6 @@ from lamina.model import (
     Supervised,
     TextTokens,
 )
-from lamina.names import LABEL
 
 Arrays = Mapping[str, NDArray[Any]]
 """Rows by modality, and the label where there is one."""

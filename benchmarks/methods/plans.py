@@ -3,7 +3,7 @@
 part), or in `SELF_SUPERVISED` for data whose labels are only looked at by a probe, adds one.
 
 All of a family are given the same rounds, local epochs, batch and optimiser. A stage's learning rate is the demo's for its
-strategy (`benchmarks.demo_plan`), where it was chosen on AV-Digits for all three. Pairs and self-supervised stages have one
+strategy (`benchmarks.demo.plan`), where it was chosen on AV-Digits for all three. Pairs and self-supervised stages have one
 rate for all strategies, as in the papers, but for `_ours`.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from benchmarks.demo_plan import LEARNING_RATE, blended, skewed_rounds
-from lamina.model import Contrastive, ModelDescription, ModuleEncoder, Projection, SelfSupervised, Supervised
-from lamina.plan import (
+from benchmarks.demo.plan import LEARNING_RATE, blended, skewed_rounds
+from lamina.plans.model import Contrastive, ModelDescription, ModuleEncoder, Projection, SelfSupervised, Supervised
+from lamina.plans.plan import (
     SGD,
     AdamW,
     Augmentation,
@@ -26,7 +26,7 @@ from lamina.plan import (
     StrategyName,
     Training,
 )
-from lamina.strategies import make_stages
+from lamina.plans.strategies import make_stages
 
 MakePlan = Callable[[ModelDescription, int, int, int], Plan]
 
@@ -55,9 +55,9 @@ def strategy_plan(
     layer_scale: float = 1.0,
     **training: object,
 ) -> Plan:
-    """A plan of one of the three strategies. `training` changes single settings of `lamina.plan.Training`, `more` of
-    `lamina.plan.Plan`, and `objective` of the model's objective; `rate_scale` multiplies the learning rate, and layers learn
-    `layer_scale` times as fast as heads.
+    """A plan of one of the three strategies. `training` changes single settings of `lamina.plans.plan.Training`, `more` of
+    `lamina.plans.plan.Plan`, and `objective` of the model's objective; `rate_scale` multiplies the learning rate, and layers
+    learn `layer_scale` times as fast as heads.
 
     An encoder that brings its weights keeps its stem as it is, a table of words that is half of the model, and has rates of its
     own."""
@@ -247,7 +247,7 @@ PARTIAL: dict[str, MakePlan] = {
 }
 
 REAL: dict[str, MakePlan] = {"layerwise_real": METHODS["layerwise"]}
-"""Run by real processes over HTTP, not in simulation (`benchmarks.federated`)."""
+"""Run by real processes over HTTP, not in simulation (`benchmarks.demo.federated`)."""
 
 _MOCO, _SIMCLR = SelfSupervised(method="moco"), SelfSupervised(method="simclr")
 _ALIGNED, _MOON = SelfSupervised(method="moco", align=0.5), SelfSupervised(method="moco", moon=0.5)

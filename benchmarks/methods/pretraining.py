@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.methods.data_sets import Arrays
-from export.models import MultimodalModel, build_model
-from lamina.model import ModelDescription
+from export.models.models import MultimodalModel, build_model
 from lamina.names import LABEL
+from lamina.plans.model import ModelDescription
 
 EPOCHS, BATCH, LEARNING_RATE = 30, 32, 1e-3
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.federated import federated_run
+from benchmarks.demo.federated import federated_run
 from benchmarks.methods.bounds import linear_accuracy, linear_recalls
 from benchmarks.methods.cells import CENTRALISED, LINEAR, UNTRAINED, Cell
 from benchmarks.methods.costs import costs_of
@@ -23,12 +23,12 @@ from benchmarks.methods.pretraining import pretrained_model
 from benchmarks.methods.retrieval import both_ways, mean_recall
 from benchmarks.methods.stage_start import StageStartProbe
 from benchmarks.methods.trained import TrainedModel
-from benchmarks.simulation import OnRound, ReadWeights, Round, SimulationResult, simulate
+from benchmarks.simulate.simulation import OnRound, ReadWeights, Round, SimulationResult, simulate
+from lamina.bundles.manifest import EngineName
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import ConfigError, LaminaError
-from lamina.manifest import EngineName
 from lamina.names import LABEL
-from lamina.plan import Plan
-from lamina.tensors import hash_bytes
+from lamina.plans.plan import Plan
 
 ENGINE: EngineName = "torch" if torch.cuda.is_available() else "onnxruntime"
 

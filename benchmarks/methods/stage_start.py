@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.methods.data_sets import Arrays
 from benchmarks.methods.trained import load_weights
-from benchmarks.simulation import ReadWeights, Round
+from benchmarks.simulate.simulation import ReadWeights, Round
 from export.assemble import attached_model
-from export.models import build_model
+from export.models.models import build_model
 from lamina.names import LABEL
-from lamina.plan import Plan
+from lamina.plans.plan import Plan
 
 
 class StageStartProbe:

@@ -7,13 +7,13 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.methods.data_sets import Arrays
-from benchmarks.simulation import SimulationResult
+from benchmarks.simulate.simulation import SimulationResult
 from export.assemble import attached_model
-from export.cut import find_segments
-from export.models import MultimodalModel, build_model
-from lamina.model import ModelDescription
-from lamina.plan import Plan
-from lamina.tensors import Float32
+from export.graphs.cut import find_segments
+from export.models.models import MultimodalModel, build_model
+from lamina.encoding.tensors import Float32
+from lamina.plans.model import ModelDescription
+from lamina.plans.plan import Plan
 
 _CHUNK = 256
 

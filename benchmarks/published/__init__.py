@@ -1,1 +1,1 @@
-"""Published models and schedules, counted by `export.report`, beside the figures that their papers give."""
+"""Published models and schedules, counted by `export.cost.estimate`, beside the figures that their papers give."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.published import depth_dropout, lw_fedmml_coco, lw_fedssl
-from lamina.costs import CostReport
+from lamina.figures.cost_report import CostReport
 
 _MIB = 2**20
 

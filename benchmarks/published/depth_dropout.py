@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from benchmarks.published.model import META
-from export.models import Layer
-from export.report import cost_report
-from lamina.costs import Accounting, CostReport
-from lamina.plan import Stage
+from export.cost.estimate import cost_report
+from export.models.models import Layer
+from lamina.figures.cost_report import Accounting, CostReport
+from lamina.plans.plan import Stage
 
 LAYERS, TOKENS, WIDTH, HEADS, MLP_RATIO = 12, 65, 192, 3, 4
 

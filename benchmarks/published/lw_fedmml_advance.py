@@ -5,8 +5,8 @@ from torch import nn
 
 from benchmarks.published.lw_fedmml_coco import LAYERS_PER_STAGE, LOCAL_EPOCHS
 from benchmarks.published.model import META, PublishedModel, distilled_ast, mlp_head, vit_tiny
-from lamina.costs import CostReport
-from lamina.plan import StrategyName
+from lamina.figures.cost_report import CostReport
+from lamina.plans.plan import StrategyName
 
 
 def make_model() -> PublishedModel:

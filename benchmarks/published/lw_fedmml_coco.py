@@ -1,8 +1,8 @@
 """LW-FedMML on COCO (arXiv 2407.15426): ViT-Tiny/16 at 224 pixels, DistilBERT-base with 40 tokens, contrastive."""
 
 from benchmarks.published.model import META, PublishedModel, distilbert, mlp_head, vit_tiny
-from lamina.costs import CostReport
-from lamina.plan import StrategyName
+from lamina.figures.cost_report import CostReport
+from lamina.plans.plan import StrategyName
 
 LAYERS_PER_STAGE = {"image": 2, "text": 1}
 SKEWED = (0, 0, 0, 10, 30, 50)

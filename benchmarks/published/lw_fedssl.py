@@ -6,8 +6,8 @@ One view of the online branch is counted, as in the paper; the projection and th
 from torch import nn
 
 from benchmarks.published.model import META, PublishedModel, mlp_head, vit_tiny
-from lamina.costs import CostReport
-from lamina.plan import StrategyName
+from lamina.figures.cost_report import CostReport
+from lamina.plans.plan import StrategyName
 
 ROUNDS = (15,) * 12
 LOCAL_EPOCHS = 3

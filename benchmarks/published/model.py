@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cpu_torchvision import make_torchvision_importable
-from export.report import cost_report
-from lamina.costs import Accounting, CostReport
-from lamina.model import Contrastive, Image, ModelDescription, ModuleEncoder, Projection, Supervised, TextTokens, Values
-from lamina.plan import StrategyName
-from lamina.segments import HEAD
-from lamina.strategies import make_stages
+from export.cost.estimate import cost_report
+from lamina.figures.cost_report import Accounting, CostReport
+from lamina.plans.model import Contrastive, Image, ModelDescription, ModuleEncoder, Projection, Supervised, TextTokens, Values
+from lamina.plans.plan import StrategyName
+from lamina.plans.segments import HEAD
+from lamina.plans.strategies import make_stages
 
 META = torch.device("meta")
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lamina.split import MIDDLE
-from lamina.tensors import Float32
+from lamina.encoding.tensors import Float32
+from lamina.split.plan import MIDDLE
 
 Tensors = Mapping[str, Float32]
 """Tensor name -> value, of one part."""

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coordinator.split.runtime import Optimizer, RunnableProgram, Runtime
+from lamina.encoding.tensors import Float32, decode_file
 from lamina.errors import UpdateRejectedError
-from lamina.split import FUSION, task_adapter
-from lamina.split_manifest import SplitManifest, flat, float_arrays
-from lamina.tensors import Float32, decode_file
+from lamina.split.manifest import SplitManifest, flat, float_arrays
+from lamina.split.plan import FUSION, task_adapter
 
 Values = dict[str, Float32]
 """By modality."""

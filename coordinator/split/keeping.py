@@ -6,7 +6,7 @@ Runs that came to the same weights have the same blobs, so what one run is done 
 from collections.abc import Callable, Iterable
 from threading import Lock
 
-from coordinator.blobs import Blobs
+from coordinator.store.blobs import Blobs
 
 
 class Keeping:

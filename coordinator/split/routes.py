@@ -1,4 +1,4 @@
-"""The routes of split training (`lamina.split_wire`); mounted beside the others by `coordinator.app`."""
+"""The routes of split training (`lamina.split.wire`); mounted beside the others by `coordinator.app`."""
 
 from hashlib import sha256
 from typing import Annotated
@@ -6,16 +6,16 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from coordinator import bodies
 from coordinator.house import House
+from coordinator.http import bodies
 from coordinator.split.runs import SplitRuns
 from coordinator.split.runtime import Runtime
 from lamina.bounds import MAX_COUNT
 from lamina.errors import HashMismatchError, ProtocolError
+from lamina.plans.segments import TensorSpec
 from lamina.record import Record
-from lamina.segments import TensorSpec
-from lamina.split_bodies import body_limit
-from lamina.split_wire import SplitCheckIn, SplitEvaluation, SplitReport, features_up, gradients_up
+from lamina.split.bodies import body_limit
+from lamina.split.wire import SplitCheckIn, SplitEvaluation, SplitReport, features_up, gradients_up
 from lamina.wire import REPORT_HEADER, SIGNATURE_HEADER
 
 Examples = Annotated[int, Query(ge=1, le=MAX_COUNT)]

@@ -20,10 +20,11 @@ from coordinator.split.state import SplitState, save_state
 from coordinator.split.switch import is_steady
 from coordinator.split.turn import Turn, TurnSteps, check_count
 from coordinator.split.update import Update, read_update
+from lamina.encoding.tensors import Float32, decode_file, encode
 from lamina.errors import ConfigError, RoundClosedError, UpdateRejectedError
-from lamina.split import FUSION, task_adapter
-from lamina.split_manifest import SplitManifest
-from lamina.split_wire import (
+from lamina.split.manifest import SplitManifest
+from lamina.split.plan import FUSION, task_adapter
+from lamina.split.wire import (
     SplitAccepted,
     SplitCheckIn,
     SplitEvaluation,
@@ -34,7 +35,6 @@ from lamina.split_wire import (
     SplitUserReport,
     SplitWork,
 )
-from lamina.tensors import Float32, decode_file, encode
 from lamina.wire import Refused, Wait
 
 log = logging.getLogger("lamina.coordinator")

@@ -6,20 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 
-from coordinator.devices import get_device
 from coordinator.house import House
-from coordinator.signatures import keep_signature, publishers_trust
+from coordinator.rounds.devices import get_device
+from coordinator.security.signatures import keep_signature, publishers_trust
 from coordinator.split.high_ends import HighEnds
 from coordinator.split.keeping import Keeping
 from coordinator.split.run import SplitRun
 from coordinator.split.runtime import Runtime
 from coordinator.split.state import SplitState, save_state
-from lamina.compression import available_compressions
+from lamina.bundles.signing import parse_signature
+from lamina.encoding.compression import available_compressions
+from lamina.encoding.tensors import decode_one_by_one, hash_bytes
 from lamina.errors import BundleError, ConfigError, TensorFileError, UnknownNameError
-from lamina.signing import parse_signature
-from lamina.split_manifest import SplitManifest
-from lamina.split_wire import SplitCheckIn, SplitWork
-from lamina.tensors import decode_one_by_one, hash_bytes
+from lamina.split.manifest import SplitManifest
+from lamina.split.wire import SplitCheckIn, SplitWork
 from lamina.wire import SIGNATURE_HEADER, Published, Refused, RunList, Wait
 
 log = logging.getLogger("lamina.coordinator")
@@ -49,7 +49,7 @@ class SplitRuns:
             return self.publish(path.read_bytes(), signature_text)
 
     def publish(self, body: bytes, signature_text: str | None) -> Published:
-        """A new run of the plan of a manifest. Raises as `coordinator.publish.publish` does."""
+        """A new run of the plan of a manifest. Raises as `coordinator.rounds.publish.publish` does."""
         signature = None if signature_text is None else parse_signature(signature_text, f"the {SIGNATURE_HEADER} header")
         signer = publishers_trust(self._house.settings).check(hash_bytes(body), signature)
         manifest = SplitManifest.from_json(body, "the manifest")

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from lamina.encoding.tensors import Float32
 from lamina.names import EngineName, ProgramShape
-from lamina.tensors import Float32
 
 
 class RunnableProgram(Protocol):
@@ -31,5 +31,5 @@ class Runtime(Protocol):
     def load(self, path: Path, program: ProgramShape) -> RunnableProgram: ...
 
     def optimizer(self, settings: Mapping[str, Any], count: int, learning_rate: float) -> Optimizer:
-        """A fresh one (`lamina.plan.SGD`, `lamina.plan.AdamW`)."""
+        """A fresh one (`lamina.plans.plan.SGD`, `lamina.plans.plan.AdamW`)."""
         ...

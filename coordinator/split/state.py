@@ -4,10 +4,10 @@ from pydantic import Field
 
 from coordinator.house import House
 from lamina.bounds import Count
+from lamina.bundles.manifest import Sha256
 from lamina.files import write_durably
-from lamina.manifest import Sha256
 from lamina.record import Record
-from lamina.split_wire import SplitRound
+from lamina.split.wire import SplitRound
 
 
 class SplitState(Record):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lamina.split import Switch
+from lamina.split.plan import Switch
 
 
 def is_steady(fused_losses: Sequence[float], settings: Switch) -> bool:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from coordinator.split.high_ends import HighEnds, Snapshot, Values
+from lamina.encoding.tensors import Float32
 from lamina.errors import RoundClosedError, UpdateRejectedError
-from lamina.split import FUSED, LOGITS, SplitPlan
-from lamina.split_bodies import pack, unpack
-from lamina.split_wire import SplitTraffic, features_down, features_up, gradients_up
-from lamina.tensors import Float32
+from lamina.split.bodies import pack, unpack
+from lamina.split.plan import FUSED, LOGITS, SplitPlan
+from lamina.split.wire import SplitTraffic, features_down, features_up, gradients_up
 
 
 @dataclass

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from coordinator.slots import MAX_DIFFERENCE
+from coordinator.rounds.slots import MAX_DIFFERENCE
+from lamina.encoding.tensors import Float32
 from lamina.errors import UpdateRejectedError
-from lamina.split_bodies import unpack
-from lamina.split_manifest import SplitManifest
-from lamina.split_wire import SplitReport
-from lamina.tensors import Float32
+from lamina.split.bodies import unpack
+from lamina.split.manifest import SplitManifest
+from lamina.split.wire import SplitReport
 
 MAX_LOSS = 1e30
 """A mean of losses of so much is still finite."""

@@ -1,9 +1,9 @@
 """What an engine is: it loads a program and runs it. Nothing else; rounds, optimisers and parameters live above it.
 
-Every program is a pure function of arrays (see `lamina.manifest`): weights come first, then tensors that are never trained if
-it has any, then copies of some weights from another time if it asks for any, then the batch; the outputs of a `train` program
-are loss, correct and one gradient for each weight. So an engine needs two verbs, and the flat parameter and gradient vectors,
-references, accumulation and all checks are written once in `edge_client.stage_model`, for all engines.
+Every program is a pure function of arrays (see `lamina.bundles.manifest`): weights come first, then tensors that are never
+trained if it has any, then copies of some weights from another time if it asks for any, then the batch; the outputs of a
+`train` program are loss, correct and one gradient for each weight. So an engine needs two verbs, and the flat parameter and
+gradient vectors, references, accumulation and all checks are written once in `edge_client.train.stage_model`, for all engines.
 """
 
 from collections.abc import Sequence

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.checks import is_finite
 from edge_client.engines.base import Array, Engine, LoadedProgram
-from edge_client.optimizers import Optimizer, make_optimizer
+from edge_client.rows.checks import is_finite
+from edge_client.train.optimizers import Optimizer, make_optimizer
+from lamina.encoding.tensors import Float32, decode_file
 from lamina.errors import EngineError, NonFiniteError
-from lamina.split import FUSION
-from lamina.split_manifest import SplitManifest, SplitProgram, flat, float_arrays, taken_weights
-from lamina.tensors import Float32, decode_file
+from lamina.split.manifest import SplitManifest, SplitProgram, flat, float_arrays, taken_weights
+from lamina.split.plan import FUSION
 
 OpenBlob = Callable[[str], Path]
 """The file of a blob, fetched if it is missing."""

@@ -8,15 +8,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_client.data import LocalData
 from edge_client.engines.base import Array
 from edge_client.job import SPLITS, Split
 from edge_client.progress import Progress, Say
-from edge_client.rows import Indices, RowFile, RowWriter
+from edge_client.rows.local_data import LocalData
+from edge_client.rows.row_files import Indices, RowFile, RowWriter
 from edge_client.split.parts import Programs
+from lamina.encoding.tensors import hash_bytes
 from lamina.names import LABEL
-from lamina.split import SplitPlan
-from lamina.tensors import hash_bytes
+from lamina.split.plan import SplitPlan
 
 _KINDS = ("base", "branch")
 

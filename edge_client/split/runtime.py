@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_client.engines import LoadedProgram, load_engine
-from edge_client.optimizers import Optimizer, make_optimizer
+from edge_client.train.optimizers import Optimizer, make_optimizer
 from lamina.names import EngineName, ProgramShape
 
 

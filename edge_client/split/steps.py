@@ -7,17 +7,17 @@ import numpy as np
 
 from edge_client.engines.base import Array
 from edge_client.job import Split
-from edge_client.rows import Indices
+from edge_client.rows.row_files import Indices
 from edge_client.split.parts import Parts, Programs
 from edge_client.split.prefix import PrefixStore
 from edge_client.split.transport import SplitTransport
+from lamina.encoding.tensors import Float32
 from lamina.errors import NonFiniteError
 from lamina.names import MOST_LOSS
-from lamina.segments import classifier
-from lamina.split import FUSED, LOGITS, SplitPlan, modality_adapter
-from lamina.split_bodies import body_limit, pack, unpack
-from lamina.split_wire import SplitWork, features_down, gradients_down
-from lamina.tensors import Float32
+from lamina.plans.segments import classifier
+from lamina.split.bodies import body_limit, pack, unpack
+from lamina.split.plan import FUSED, LOGITS, SplitPlan, modality_adapter
+from lamina.split.wire import SplitWork, features_down, gradients_down
 
 
 @dataclass(frozen=True)

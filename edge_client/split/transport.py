@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from edge_client.transport import Transport
-from lamina.connection import parsed, parsed_one_of, path_of
-from lamina.split_wire import SPLIT_ANSWER, SplitAccepted, SplitCheckIn, SplitEvaluation, SplitReport, SplitWork
+from edge_client.talk.transport import Transport
+from lamina.net.connection import parsed, parsed_one_of, path_of
+from lamina.split.wire import SPLIT_ANSWER, SplitAccepted, SplitCheckIn, SplitEvaluation, SplitReport, SplitWork
 from lamina.wire import REPORT_HEADER, Refused, Wait
 
 _BYTES = {"Content-Type": "application/octet-stream"}

@@ -11,27 +11,27 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.blobs import BlobCache
-from edge_client.data import LocalData
 from edge_client.engines import load_engine
-from edge_client.identity import exclusive, load_or_enrol
-from edge_client.memory import peak_bytes
+from edge_client.process.memory import peak_bytes
 from edge_client.progress import Say, say
-from edge_client.rows import Indices
+from edge_client.rows.local_data import LocalData
+from edge_client.rows.row_files import Indices
 from edge_client.split.parts import Parts, Programs
 from edge_client.split.prefix import PrefixStore
 from edge_client.split.steps import LocalSteps, Metrics, RemoteSteps, Steps
 from edge_client.split.transport import SplitTransport
-from edge_client.trust import Verifier
-from lamina.compression import available_compressions
+from edge_client.talk.blobs import BlobCache
+from edge_client.talk.identity import exclusive, load_or_enrol
+from edge_client.talk.trust import Verifier
+from lamina.encoding.compression import available_compressions
+from lamina.encoding.tensors import hash_bytes, max_file_bytes
 from lamina.errors import HashMismatchError, ProtocolError, RoundClosedError, UnknownNameError
 from lamina.files import disk_errors_named
 from lamina.names import EngineName
-from lamina.split import SplitPlan
-from lamina.split_bodies import pack
-from lamina.split_manifest import SplitManifest
-from lamina.split_wire import SplitCheckIn, SplitEvaluation, SplitReport, SplitWork
-from lamina.tensors import hash_bytes, max_file_bytes
+from lamina.split.bodies import pack
+from lamina.split.manifest import SplitManifest
+from lamina.split.plan import SplitPlan
+from lamina.split.wire import SplitCheckIn, SplitEvaluation, SplitReport, SplitWork
 from lamina.wire import MAX_JSON_BYTES, Refused, Wait
 
 

@@ -8,7 +8,7 @@ import typer
 from lamina.cli.progress import telling
 
 if TYPE_CHECKING:
-    from lamina.manifest import Manifest
+    from lamina.bundles.manifest import Manifest
 
 
 def assemble(
@@ -33,11 +33,11 @@ def assemble(
 
     from export.assemble import assemble as assemble_model
     from export.assemble import attached_model
-    from lamina.bundle import read_bundle
+    from lamina.bundles.bundle import read_bundle
+    from lamina.bundles.keys import users_trust
+    from lamina.encoding.tensors import decode_file
     from lamina.errors import TensorFileError
-    from lamina.keys import users_trust
-    from lamina.segments import segment_names
-    from lamina.tensors import decode_file
+    from lamina.plans.segments import segment_names
 
     console = Console()
     with telling("verify the bundle") as tell:
@@ -58,10 +58,10 @@ def assemble(
 
 def _may_call_factories(bundle: Path, manifest: "Manifest", is_told: bool) -> None:
     """A trusted key's programs run in an engine; a factory is any function at all. Raises ConfigError for one of others."""
-    from lamina.bundle import read_signature
+    from lamina.bundles.bundle import read_signature
+    from lamina.bundles.keys import own_keys
     from lamina.errors import ConfigError
-    from lamina.keys import own_keys
-    from lamina.model import ModuleEncoder
+    from lamina.plans.model import ModuleEncoder
 
     named = [encoder.factory for encoder in manifest.plan.model.encoders if isinstance(encoder, ModuleEncoder)]
     signature = read_signature(bundle)

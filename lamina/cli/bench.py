@@ -203,7 +203,7 @@ def _orders(
     """Every combination of the options, in the order of the table."""
     from benchmarks.device.cases import CASES, SIDES
     from benchmarks.device.prepare import Order, installed_sides
-    from benchmarks.workloads import WORKLOADS
+    from benchmarks.device.workloads import WORKLOADS
 
     sides = _chosen("--engine", engine, SIDES) if engine else installed_sides()
     cases = [CASES[name] for name in _chosen("--case", case, tuple(CASES))]

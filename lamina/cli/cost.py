@@ -11,7 +11,7 @@ from lamina.cli.plan_options import Classes, FreezeStems, LayersPerStage, Rounds
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lamina.costs import CostReport, RunCosts, StageCosts, StepCost
+    from lamina.figures.cost_report import CostReport, RunCosts, StageCosts, StepCost
 
 _BYTE_UNITS = (("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30))
 _FLOP_UNITS = (("MFLOPs", 10**6), ("GFLOPs", 10**9), ("TFLOPs", 10**12))
@@ -50,10 +50,10 @@ def cost(
     check_plan_file(plan)
     from rich.console import Console
 
-    from export.recipe import resolve
-    from export.report import plan_costs
-    from lamina.costs import Accounting
+    from export.cost.estimate import plan_costs
+    from export.plans.resolve import resolve
     from lamina.errors import ConfigError
+    from lamina.figures.cost_report import Accounting
     from lamina.files import write_durably
 
     if frozen_weights not in ("resident", "downloaded"):

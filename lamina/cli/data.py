@@ -10,10 +10,10 @@ from lamina.errors import ConfigError, DataError
 from lamina.printable import printable
 
 if TYPE_CHECKING:
+    from lamina.data.card import DataCard
     from lamina.data.models import Target
     from lamina.data.pack import Options, Report
-    from lamina.data_card import DataCard
-    from lamina.model import ModelDescription
+    from lamina.plans.model import ModelDescription
 
 T = TypeVar("T", bound=str)
 _WIDEST = 600
@@ -210,7 +210,7 @@ def card(
 
     A coordinator compares it when the device checks in. Example: lamina data card examples.npz --out card.json
     """
-    from lamina.data_card import load_card, shown_value
+    from lamina.data.card import load_card, shown_value
     from lamina.files import write_durably
 
     found = load_card(file)
@@ -233,7 +233,7 @@ def _target(plan: Path) -> "Target":
 
     def call_factories(path: Path) -> "ModelDescription":
         try:
-            from export.recipe import resolve
+            from export.plans.resolve import resolve
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"{path} says what shape an example has once its model is made, and {error.name} is not installed here: "
@@ -248,7 +248,7 @@ def _target(plan: Path) -> "Target":
 
 def _wanted_card(file: Path | None, plan: Path, target: "Target") -> "tuple[DataCard | None, str]":
     """What the data has to agree with, and where that stands."""
-    from lamina.data_card import load_card
+    from lamina.data.card import load_card
 
     if file is None:
         return target.card, f"in {plan}"

@@ -33,9 +33,9 @@ def demo(
     `report.png` and `report.json` in the output folder; the final model is there as PyTorch, ONNX and ExecuTorch files.
     """
     from benchmarks.data.av_digits import LEVELS
-    from benchmarks.demo import DemoSettings, run_demo
-    from benchmarks.demo_plan import LEARNING_RATE
-    from lamina.manifest import ENGINES
+    from benchmarks.demo.demo import DemoSettings, run_demo
+    from benchmarks.demo.plan import LEARNING_RATE
+    from lamina.bundles.manifest import ENGINES
 
     names = tuple(name.strip() for name in engines.split(",") if name.strip())
     for kind, given, known in (

@@ -76,9 +76,9 @@ def start_client(
     allow_unsigned: bool,
     **more: str | int | float | None,
 ) -> NoReturn:
-    """This process becomes the client; `more` are further options of `edge_client.device.Options`."""
-    from edge_client.start import start
-    from lamina.signing import key_text, parse_key
+    """This process becomes the client; `more` are further options of `edge_client.talk.device.Options`."""
+    from edge_client.process.start import start
+    from lamina.bundles.signing import key_text, parse_key
 
     if engine not in ENGINES:
         raise ConfigError(f"there is no engine {engine!r}; known: {', '.join(ENGINES)}")

@@ -13,10 +13,10 @@ from lamina.names import ENGINES, EngineName
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from export.doctor import Finding
+    from export.faults.survey import Finding
     from lamina.doctor import Check, Report
-    from lamina.doctor.report import RoleName
-    from lamina.plan import Plan
+    from lamina.doctor.diagnosis import RoleName
+    from lamina.plans.plan import Plan
 
 _ANY_CLASSES = 10
 _COLOURS = {"ok": "green", "usable": "green", "warning": "yellow", "fault": "red", "faulty": "red", "absent": "dim"}
@@ -74,8 +74,8 @@ def _installation(asked: list[str], states: list[Path], file: Path | None) -> No
     from rich.console import Console
 
     from edge_client.engines.executorch_runtime import find_compiler
+    from lamina.doctor.diagnosis import ROLES
     from lamina.doctor.look import look
-    from lamina.doctor.report import ROLES
 
     roles = tuple(known for known in ROLES if known in asked)
     unknown = [name for name in asked if name not in ROLES]
@@ -92,10 +92,10 @@ def _installation(asked: list[str], states: list[Path], file: Path | None) -> No
 
 def _folder_checks(states: list[Path]) -> "list[Check]":
     from edge_client.engines.executorch_runtime import engines_folder
+    from lamina.bundles.keys import keys_folder
     from lamina.doctor import Check
     from lamina.doctor.look import program_cache
     from lamina.doctor.machine import check_cache, check_folder
-    from lamina.keys import keys_folder
 
     wanted: list[tuple[str, Callable[[], Path], str, tuple[RoleName, ...]]] = [
         ("program cache", program_cache, "$LAMINA_CACHE", ("exporter",)),
@@ -161,14 +161,14 @@ def _model(source: str, chosen: Sequence[str], file: Path | None) -> None:
 
     from rich.console import Console
 
-    from export.doctor import examine
-    from export.recipe import is_factory, resolve
+    from export.faults.survey import examine
+    from export.plans.resolve import is_factory, resolve
 
     unknown = [name for name in chosen if name not in ENGINES]
     if unknown:
         raise ConfigError(f"unknown engine {unknown[0]!r}; known: {', '.join(ENGINES)}")
     engines: tuple[EngineName, ...] = tuple(name for name in ENGINES if name in chosen)
-    # While a layer is traced, the standard error itself is silent (`export.quiet`).
+    # While a layer is traced, the standard error itself is silent (`export.ops.quiet`).
     with os.fdopen(os.dup(2), "w") as screen, telling(f"reading {source}", Console(file=screen)) as tell:
         # A factory says nothing of the objective. Its layers are the same with any, and this one fits any modalities.
         resolved = resolve(source, {"classes": _ANY_CLASSES} if is_factory(source) else None, check=False)

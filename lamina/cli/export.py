@@ -22,7 +22,7 @@ from lamina.errors import ConfigError
 from lamina.names import ENGINES
 
 if TYPE_CHECKING:
-    from export.recipe import Resolved
+    from export.plans.resolve import Resolved
     from lamina.names import EngineName
 
 _MIB = 1 << 20
@@ -84,9 +84,9 @@ def export(
     check_plan_file(source)
     from rich.console import Console
 
-    from export.bundle import export_bundle
-    from export.recipe import resolve
-    from lamina.bundle import bundle_digest
+    from export.build import export_bundle
+    from export.plans.resolve import resolve
+    from lamina.bundles.bundle import bundle_digest
     from lamina.cli.overview_tables import show_bundle
 
     engines = _engines(engine or ["executorch,onnxruntime"])
@@ -136,8 +136,8 @@ def _fitted(resolved: "Resolved", engines: "list[EngineName]", memory_mb: float)
     """The plan with the first settings that fit every engine; each engine can only make them smaller."""
     from dataclasses import replace
 
-    from benchmarks.client import base_peaks
-    from export.fit import Base, fits
+    from benchmarks.device.job_alone import base_peaks
+    from export.fit.fit import Base, fits
 
     plan = resolved.plan
     for engine in engines:

@@ -45,9 +45,9 @@ def fit(
     from rich.console import Console
     from rich.table import Table
 
-    from benchmarks.client import base_peaks, measure_stage
-    from export.fit import Base, fits
-    from export.recipe import resolve
+    from benchmarks.device.job_alone import base_peaks, measure_stage
+    from export.fit.fit import Base, fits
+    from export.plans.resolve import resolve
 
     chosen = next((known for known in ENGINES if known == engine), None)
     if chosen is None:

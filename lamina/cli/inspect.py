@@ -17,9 +17,9 @@ def inspect(
     """
     from rich.console import Console
 
-    from lamina.bundle import bundle_digest, read_bundle
+    from lamina.bundles.bundle import bundle_digest, read_bundle
+    from lamina.bundles.keys import users_trust
     from lamina.cli.overview_tables import show_bundle
-    from lamina.keys import users_trust
     from lamina.printable import printable_markup
 
     console = Console()

@@ -22,7 +22,7 @@ def new(name: Name = "default") -> None:
     The first `lamina export` makes one by itself. A key is never overwritten, and its private half never shown. It has no
     password: who can read the file can sign, so only its owner may.
     """
-    from lamina.keys import keys_folder, new_key
+    from lamina.bundles.keys import keys_folder, new_key
 
     made = new_key(name)
     typer.echo(f"made {keys_folder() / f'{name}.key'}: keep it secret, and keep a copy in a safe place", err=True)
@@ -35,7 +35,7 @@ def show(name: Name = "default") -> None:
 
     The fingerprint is for comparing by eye with what a device says when it meets the key for the first time.
     """
-    from lamina.keys import public_key
+    from lamina.bundles.keys import public_key
 
     _show(public_key(name))
 
@@ -51,8 +51,8 @@ def trust(
 
     A running coordinator notices at once. To trust it no longer, delete its entry in trusted.json beside the keys.
     """
-    from lamina.keys import trust_key
-    from lamina.signing import fingerprint
+    from lamina.bundles.keys import trust_key
+    from lamina.bundles.signing import fingerprint
 
     added = trust_key(public_key, name)
     typer.echo(f"trusted from now on: {fingerprint(added.key)}{f' ({name})' if name else ''}")
@@ -61,8 +61,8 @@ def trust(
 @key.command(name="list")
 def list_() -> None:
     """Show this machine's own keys and those of others that are trusted, with their fingerprints."""
-    from lamina.keys import keys_folder, own_keys, trusted_keys
-    from lamina.signing import fingerprint, key_text
+    from lamina.bundles.keys import keys_folder, own_keys, trusted_keys
+    from lamina.bundles.signing import fingerprint, key_text
 
     own, others = own_keys(), trusted_keys().names
     for public, name in own.items():
@@ -82,10 +82,10 @@ def sign(
 
     Every blob is verified first, but not who wrote it: what you sign, all who trust you will run.
     """
-    from lamina.bundle import manifest_bytes, read_blobs, sign_bundle
-    from lamina.keys import load_key
-    from lamina.manifest import Manifest
-    from lamina.signing import fingerprint
+    from lamina.bundles.bundle import manifest_bytes, read_blobs, sign_bundle
+    from lamina.bundles.keys import load_key
+    from lamina.bundles.manifest import Manifest
+    from lamina.bundles.signing import fingerprint
 
     signer = load_key(name)
     manifest = manifest_bytes(bundle)
@@ -95,7 +95,7 @@ def sign(
 
 
 def _show(public: str) -> None:
-    from lamina.signing import fingerprint, key_text
+    from lamina.bundles.signing import fingerprint, key_text
 
     typer.echo(key_text(public))
     typer.echo(f"fingerprint: {fingerprint(public)}")

@@ -4,8 +4,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lamina.manifest import Manifest
-from lamina.overview import Overview, overview, plan_picture
+from lamina.bundles.manifest import Manifest
+from lamina.figures.overview import Overview, overview, plan_picture
 from lamina.printable import printable_markup
 
 _MOST_CHARACTERS = 1000

@@ -23,7 +23,7 @@ BatchSize = Annotated[int | None, typer.Option(min=2, help="Examples in a traini
 
 def check_plan_file(source: str) -> None:
     """Raises ConfigError for a plan file with a fault, before anything is imported that takes seconds. A factory passes."""
-    from lamina.recipe import SUFFIXES, read_recipe
+    from lamina.plans.recipe import SUFFIXES, read_recipe
 
     path = Path(source)
     if path.suffix in SUFFIXES:
@@ -33,7 +33,7 @@ def check_plan_file(source: str) -> None:
 def changes(
     *, training: dict[str, Any] | None = None, devices: int | None = None, freeze_stems: bool = False, **keys: Any
 ) -> dict[str, Any]:
-    """What `export.recipe.resolve` is to replace; options that were not given are left out."""
+    """What `export.plans.resolve.resolve` is to replace; options that were not given are left out."""
     given = {key: value for key, value in (training or {}).items() if value is not None}
     found = {key: value for key, value in keys.items() if value is not None}
     if given:

@@ -25,9 +25,9 @@ def publish(
     Prints the name of the new run. Publishing the same bundle again sends no blob twice and starts another run. The bundle
     must be signed by a key of this machine, or by one that was trusted with `lamina key trust`.
     """
-    from lamina.bundle import read_bundle
+    from lamina.bundles.bundle import read_bundle
+    from lamina.bundles.keys import users_trust
     from lamina.client import Client, read_token
-    from lamina.keys import users_trust
 
     token = read_token(token_file)
     with Client(url, token) as client:

@@ -69,12 +69,12 @@ def serve(
     """
     import logging
 
-    from coordinator.addresses import device_urls
+    from coordinator.http.addresses import device_urls
     from coordinator.serve import serve as run_coordinator
     from coordinator.settings import Settings
+    from lamina.bundles.signing import TrustedKeys
     from lamina.errors import ConfigError
     from lamina.names import ENGINES
-    from lamina.signing import TrustedKeys
 
     if split is not None and split not in ENGINES:
         raise ConfigError(f"there is no engine {split!r}; known: {', '.join(ENGINES)}")

@@ -12,7 +12,7 @@ from lamina.names import ENGINES
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lamina.split_wire import SplitRound, SplitStatus
+    from lamina.split.wire import SplitRound, SplitStatus
 
 split = typer.Typer(
     name="split",
@@ -52,9 +52,9 @@ def export(
     Every program is run once and compared with PyTorch before it is written.
     """
 
-    from export.split import export_split
-    from lamina.bundle import bundle_digest
-    from lamina.split import SplitPlan
+    from export.split.split import export_split
+    from lamina.bundles.bundle import bundle_digest
+    from lamina.split.plan import SplitPlan
 
     wanted = SplitPlan.from_toml(plan)
     with telling("trace") as tell:
@@ -82,12 +82,12 @@ def publish(
     ] = False,
 ) -> None:
     """Verify a bundle, send what the coordinator lacks of it, and start a run. Prints the run's name."""
-    from lamina.bundle import MANIFEST, blob_path, check_blob, manifest_bytes, read_signature
+    from lamina.bundles.bundle import MANIFEST, blob_path, check_blob, manifest_bytes, read_signature
+    from lamina.bundles.keys import users_trust
     from lamina.client import read_token
-    from lamina.keys import users_trust
-    from lamina.split_client import SplitClient
-    from lamina.split_manifest import SplitManifest
-    from lamina.tensors import hash_bytes
+    from lamina.encoding.tensors import hash_bytes
+    from lamina.split.client import SplitClient
+    from lamina.split.manifest import SplitManifest
 
     data = manifest_bytes(bundle)
     typer.echo(f"{bundle}: {users_trust(allow_unsigned).check(hash_bytes(data), read_signature(bundle))}", err=True)
@@ -130,9 +130,9 @@ def join(
 
     What is sent tells something about the data: activations, and gradients that reveal labels (docs/split.md).
     """
-    from edge_client.identity import read_enrolment_token
     from edge_client.split.user import SplitOptions, join_split
-    from lamina.signing import key_text, parse_key
+    from edge_client.talk.identity import read_enrolment_token
+    from lamina.bundles.signing import key_text, parse_key
 
     (chosen,) = _engines([engine])
     join_split(
@@ -163,7 +163,7 @@ def status(
     from rich.console import Console
 
     from lamina.client import read_token
-    from lamina.split_client import SplitClient
+    from lamina.split.client import SplitClient
 
     console = Console()
     with SplitClient(url, read_token(token_file)) as client:

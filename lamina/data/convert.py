@@ -9,16 +9,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lamina.data.card import MAX_NUMBERS, MOST_SCALE, ModalityCard, numbers_field
 from lamina.data.classes import listed
 from lamina.data.image import Fit, image_values, is_image, read_image
 from lamina.data.items import Array
 from lamina.data.sound import LogMel, SoundSettings, read_wav
 from lamina.data.tables import SUFFIXES, read_numbers, read_text
 from lamina.data.text import Tokenizer, open_tokenizer
-from lamina.data_card import MAX_NUMBERS, MOST_SCALE, ModalityCard, numbers_field
 from lamina.errors import ConfigError, DataError
-from lamina.model import AnyEncoder, Input, TextTokens
 from lamina.names import MOST_INPUT
+from lamina.plans.model import AnyEncoder, Input, TextTokens
 from lamina.printable import printable
 
 IMAGES = ("image_patches", "image")

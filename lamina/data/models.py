@@ -7,16 +7,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from lamina.bundle import MANIFEST
-from lamina.data_card import DataCard
+from lamina.bundles.bundle import MANIFEST
+from lamina.bundles.manifest import Manifest
+from lamina.data.card import DataCard
 from lamina.errors import ConfigError
-from lamina.manifest import Manifest
-from lamina.model import ModelDescription
-from lamina.plan import Plan
-from lamina.recipe import parse_plan_file, read_recipe
+from lamina.plans.model import ModelDescription
+from lamina.plans.plan import Plan
+from lamina.plans.recipe import parse_plan_file, read_recipe
 from lamina.record import explain
-from lamina.split import SplitPlan
-from lamina.split_manifest import SplitManifest
+from lamina.split.manifest import SplitManifest
+from lamina.split.plan import SplitPlan
 
 CallFactories = Callable[[Path], ModelDescription]
 

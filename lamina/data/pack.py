@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lamina.data.card import DataCard, classes_field, conflicts, describe_conflict, joined, read_card
 from lamina.data.classes import Classes, choose_classes, listed, read_names
 from lamina.data.convert import Converter, Settings, make_converter
 from lamina.data.faults import Faults
@@ -23,10 +24,9 @@ from lamina.data.sources import Kind, SourceSettings, find_kind, open_source
 from lamina.data.sources.arrays import ArraySource, is_packed
 from lamina.data.split import choose_test
 from lamina.data.writer import Writer
-from lamina.data_card import DataCard, classes_field, conflicts, describe_conflict, joined, read_card
 from lamina.errors import ConfigError, DataError
 from lamina.files import write_durably
-from lamina.model import ModelDescription
+from lamina.plans.model import ModelDescription
 
 OnProgress = Callable[[int, int | None], None]
 

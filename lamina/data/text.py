@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamina.data_card import MAX_TOKENS
+from lamina.data.card import MAX_TOKENS
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import ConfigError
 from lamina.printable import printable
-from lamina.tensors import hash_bytes
 
 Tokenize = Callable[[str], list[int]]
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from lamina.data.card import DataCard, as_comment
 from lamina.data.items import Array
-from lamina.data_card import DataCard, as_comment
 from lamina.errors import ConfigError
 from lamina.files import move_durably, raise_if_full
 from lamina.names import LABEL

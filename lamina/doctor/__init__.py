@@ -7,6 +7,6 @@ probes.py         heavy imports and engines, each in a process of its own, bound
 machine.py        Python, compiler, folders, disk, memory, sensors
 """
 
-from lamina.doctor.report import Check, Report, Role, State
+from lamina.doctor.diagnosis import Check, Report, Role, State
 
 __all__ = ["Check", "Report", "Role", "State"]

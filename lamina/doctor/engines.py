@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
+from lamina.doctor.diagnosis import Check
 from lamina.doctor.packages import Needs
 from lamina.doctor.probes import EngineProbe
-from lamina.doctor.report import Check
 from lamina.names import ENGINES, EngineName
 
 LIBRARIES = ("torchvision", "timm", "transformers")

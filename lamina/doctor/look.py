@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lamina import __version__
 from lamina.doctor import machine, packages, probes
+from lamina.doctor.diagnosis import ROLES, Check, Report, RoleName, make_report
 from lamina.doctor.engines import LIBRARIES, check_engines, check_libraries
 from lamina.doctor.packages import ROLE_EXTRAS, Installed, Needs
-from lamina.doctor.report import ROLES, Check, Report, RoleName, make_report
 from lamina.errors import ConfigError
 from lamina.names import ENGINES, EngineName
 
@@ -19,7 +19,7 @@ Tell = Callable[[str], None]
 
 
 def program_cache() -> Path:
-    """As `export.cache.default_cache`, which cannot be asked without torch."""
+    """As `export.lowering.cache.default_cache`, which cannot be asked without torch."""
     chosen = os.environ.get("LAMINA_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "lamina" / "programs"
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lamina.doctor.report import ROLES, Check, RoleName
+from lamina.doctor.diagnosis import ROLES, Check, RoleName
 from lamina.doctor.requirements import Requirement
 
 MEMINFO = Path("/proc/meminfo")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
-from lamina.doctor.report import Check, RoleName, State
+from lamina.doctor.diagnosis import Check, RoleName, State
 from lamina.doctor.requirements import Requirement, normalise, parse
 
 ROLE_EXTRAS: dict[RoleName, str] = {"coordinator": "coordinator", "exporter": "export", "bench": "bench", "data": "data"}

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.client import client_job, random_examples
-from edge_client.outcome import JOB, UPDATE, read_outcome
-from lamina.manifest import ENGINES
-from lamina.plan import SGD
-from lamina.tensors import decode_file
+from benchmarks.device.job_alone import client_job, random_examples
+from edge_client.process.outcome import JOB, UPDATE, read_outcome
+from lamina.bundles.manifest import ENGINES
+from lamina.encoding.tensors import decode_file
+from lamina.plans.plan import SGD
 from tests.arm64.tools import ROOT
 from tests.small_plans import CONTRASTIVE_MICRO, INT8_PREFIX, PLANS, shared_bundle
 
@@ -52,7 +52,7 @@ def test_a_job_ends_on_arm64_as_it_ends_here(device, plan, engine, shared_folder
         folder = Path(job.work_folder)
         folder.mkdir(parents=True)
         (folder / JOB).write_bytes(job.to_json())
-        done = python("-m", "edge_client.trainer", str(folder))
+        done = python("-m", "edge_client.train.trainer", str(folder))
         assert done.returncode == 0, done.stderr
         outcomes.append(read_outcome(folder))
         updates.append(decode_file(str(folder / UPDATE), manifest.exchange_specs(stage)))

@@ -7,9 +7,9 @@ from rich.console import Console
 from torch import nn
 
 from benchmarks import fidelity, results_file
-from export import parity
-from export.recipe import resolve
-from lamina.model import Values
+from export.lowering import parity
+from export.plans.resolve import resolve
+from lamina.plans.model import Values
 
 QUIET = Console(quiet=True)
 

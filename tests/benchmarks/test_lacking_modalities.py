@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.simulation import Simulation, SimulationResult, simulate
-from lamina.model import Contrastive, Encoder, ImagePatches, ModelDescription, Projection, TextTokens
-from lamina.plan import Augmentation, Cohort, FeatureStore, Plan, SelfTuning, Training
-from lamina.strategies import make_stages
+from benchmarks.simulate.simulation import Simulation, SimulationResult, simulate
+from lamina.plans.model import Contrastive, Encoder, ImagePatches, ModelDescription, Projection, TextTokens
+from lamina.plans.plan import Augmentation, Cohort, FeatureStore, Plan, SelfTuning, Training
+from lamina.plans.strategies import make_stages
 
 pytestmark = pytest.mark.slow
 VOCABULARY, LENGTH, THINGS = 16, 4, 6

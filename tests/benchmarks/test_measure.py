@@ -15,7 +15,7 @@ from benchmarks.device.prepare import Order
 from benchmarks.device.results import Row, read_result, write_result
 from benchmarks.device.tables import faults
 from benchmarks.device.watch import Watched, watch
-from benchmarks.workloads import WORKLOADS, one_stage_plan, stage_of
+from benchmarks.device.workloads import WORKLOADS, one_stage_plan, stage_of
 from lamina.errors import ConfigError
 
 MIB = 2**20

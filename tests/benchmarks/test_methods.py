@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.demo_plan import skewed_rounds
+from benchmarks.demo.plan import skewed_rounds
 from benchmarks.methods.bounds import linear_accuracy, linear_recalls
 from benchmarks.methods.cells import (
     CENTRALISED,
@@ -43,7 +43,7 @@ from benchmarks.methods.plans import (
 from benchmarks.methods.retrieval import both_ways, recall
 from benchmarks.methods.run import deal_cell, plan_hash, plan_of
 from lamina.errors import ConfigError
-from lamina.model import ModuleEncoder
+from lamina.plans.model import ModuleEncoder
 from tests.benchmarks.tiny_data import load_pairs, load_tiny
 
 # Data and bounds

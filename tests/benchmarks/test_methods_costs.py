@@ -3,10 +3,10 @@
 import pytest
 
 from benchmarks.methods.costs import macs_per_sample, step_macs
-from lamina.model import Contrastive, Encoder, ModelDescription, Projection, SelfSupervised, SensorWindows, Supervised
-from lamina.plan import Augmentation, DepthDropout, FeatureStore, Plan, Training
-from lamina.segments import segment_names
-from lamina.strategies import make_stages
+from lamina.plans.model import Contrastive, Encoder, ModelDescription, Projection, SelfSupervised, SensorWindows, Supervised
+from lamina.plans.plan import Augmentation, DepthDropout, FeatureStore, Plan, Training
+from lamina.plans.segments import segment_names
+from lamina.plans.strategies import make_stages
 
 STEM, LAYER, NORM, PROJECTION, PREDICTOR, HEAD = (10**power for power in range(6))
 

@@ -23,9 +23,9 @@ from benchmarks.methods.plans import strategy_plan
 from benchmarks.methods.run import run_cell
 from benchmarks.methods.stage_start import StageStartProbe
 from benchmarks.methods.trained import load_weights
-from export.models import build_model, zero_late_layers
+from export.models.models import build_model, zero_late_layers
 from lamina.errors import DataError
-from lamina.model import ModelDescription
+from lamina.plans.model import ModelDescription
 from tests.benchmarks.tiny_data import PAIR, TINY, load_pairs, load_tiny
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks.methods.data_sets import DATA_SETS
 from benchmarks.methods.plans import ALL
-from lamina.plan import Plan
-from lamina.recipe import read_recipe
+from lamina.plans.plan import Plan
+from lamina.plans.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
 OWN_PAGE = {"minilm", "m2fedsa"}
@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs" / "methods.md").read_text()
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_plan_file_becomes_a_plan(path: Path) -> None:
-    from export.recipe import resolve
+    from export.plans.resolve import resolve
 
     recipe = read_recipe(path)
     assert not isinstance(recipe, Plan)
@@ -36,7 +36,7 @@ def test_the_page_lists_every_method() -> None:
 
 @pytest.mark.parametrize(("name", "data", "rounds"), [("lamina", "av_digits_medium", 18), ("lamina_simclr", "fashion", 54)])
 def test_the_recipes_are_what_the_comparison_runs(name: str, data: str, rounds: int) -> None:
-    from export.recipe import resolve
+    from export.plans.resolve import resolve
 
     of_the_file = resolve(str(ROOT / "benchmarks" / "plans" / f"{name}.toml")).plan
     compared = ALL[name](DATA_SETS[data].model, rounds, 4, of_the_file.seed)

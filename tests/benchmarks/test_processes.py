@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import Processes
+from benchmarks.demo.processes import Processes
 
 _TIMEOUT_SECONDS = 30
 _PARENT = """
 import signal, sys
 from pathlib import Path
-from benchmarks.processes import Processes
+from benchmarks.demo.processes import Processes
 
 folder = Path(sys.argv[1])
 with Processes(folder / "logs") as processes:

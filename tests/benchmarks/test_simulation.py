@@ -1,4 +1,4 @@
-"""`benchmarks.simulation`: the same bits and the same bytes as real processes, and rounds of a drawn cohort."""
+"""`benchmarks.simulate.simulation`: the same bits and the same bytes as real processes, and rounds of a drawn cohort."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -7,16 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.federated import federated_run
+from benchmarks.demo.federated import federated_run
 from benchmarks.methods.costs import costs_of
-from benchmarks.simulated_device import SharedEngine
-from benchmarks.simulation import Simulation, SimulationResult, simulate
-from export.bundle import export_bundle
+from benchmarks.simulate.device import SharedEngine
+from benchmarks.simulate.simulation import Simulation, SimulationResult, simulate
+from export.build import export_bundle
+from lamina.bundles.manifest import EngineName, Manifest
 from lamina.errors import ConfigError
-from lamina.manifest import EngineName, Manifest
-from lamina.model import AudioFrames, Contrastive, Encoder, ImagePatches, ModelDescription, Projection, Supervised
-from lamina.plan import SGD, AdamW, Augmentation, Calibration, Cohort, DepthDropout, FeatureStore, Plan, SelfTuning, Training
-from lamina.strategies import make_stages
+from lamina.plans.model import AudioFrames, Contrastive, Encoder, ImagePatches, ModelDescription, Projection, Supervised
+from lamina.plans.plan import (
+    SGD,
+    AdamW,
+    Augmentation,
+    Calibration,
+    Cohort,
+    DepthDropout,
+    FeatureStore,
+    Plan,
+    SelfTuning,
+    Training,
+)
+from lamina.plans.strategies import make_stages
 
 SIZES = {"width": 16, "heads": 2, "layers": 2}
 MODEL = ModelDescription(

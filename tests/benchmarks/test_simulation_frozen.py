@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.federated import federated_run
-from benchmarks.simulation import Simulation
-from export.models import build_model
-from export.recipe import resolve
-from lamina.tensors import decode_file
+from benchmarks.demo.federated import federated_run
+from benchmarks.simulate.simulation import Simulation
+from export.models.models import build_model
+from export.plans.resolve import resolve
+from lamina.encoding.tensors import decode_file
 
 TRAINED = 4 * 16
 """Numbers of a layer that are trained; 16 * 16 + 16 are not."""

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from benchmarks import results_file, split_training
 from benchmarks.split_training import AS_RELEASED, CASES, Arrays, Row, deal, plan_of, run, summary, table_of
-from lamina.split import FUSION, SplitPlan
+from lamina.split.plan import FUSION, SplitPlan
 from tests.split.house import make_plan, write_data
 
 # What no program depends on differs from the shared tiny plan, so its programs are in the cache.

@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks.methods.data_sets import Loaded
-from lamina.model import AudioFrames, Contrastive, Encoder, ModelDescription, Projection, Supervised
+from lamina.plans.model import AudioFrames, Contrastive, Encoder, ModelDescription, Projection, Supervised
 
 SIZES = {"width": 8, "heads": 1, "layers": 2}
 FRAMES = AudioFrames(frames=3, coefficients=4)

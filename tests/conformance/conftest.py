@@ -1,8 +1,8 @@
 import pytest
 
 from edge_client.engines import load_engine
+from lamina.bundles.manifest import ENGINES
 from lamina.errors import EngineMissingError
-from lamina.manifest import ENGINES
 
 
 @pytest.fixture(params=ENGINES)

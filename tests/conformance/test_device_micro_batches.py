@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.client import client_job, random_examples
+from benchmarks.device.job_alone import client_job, random_examples
 from edge_client.engines import load_engine
-from edge_client.train import reader
-from edge_client.trainer import features, stage_model
-from export.cut import cut_stage, find_segments
-from export.models import build_model
-from lamina.manifest import ENGINES
+from edge_client.train.epochs import reader
+from edge_client.train.trainer import features, stage_model
+from export.graphs.cut import cut_stage, find_segments
+from export.models.models import build_model
+from lamina.bundles.manifest import ENGINES
 from tests.small_plans import CONTRASTIVE_MICRO, SUPERVISED_MICRO, shared_bundle
 
 PLANS = {"supervised": SUPERVISED_MICRO} | {f"contrastive-{size}": plan for size, plan in CONTRASTIVE_MICRO.items()}

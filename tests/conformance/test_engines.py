@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from export.cut import find_segments
+from export.graphs.cut import find_segments
 from export.inputs import example_inputs, raw_input
-from export.models import MultimodalModel, build_model
-from export.objectives import apply_objective
-from lamina.bundle import blob_path
-from lamina.manifest import ENGINES, LABEL, Manifest, gradient_input
-from lamina.plan import Stage
-from lamina.quantize import dequantize_rows, frozen_weights
-from lamina.segments import HEAD, TensorSpec, norm, projection
+from export.models.models import MultimodalModel, build_model
+from export.objectives.objectives import apply_objective
+from lamina.bundles.bundle import blob_path
+from lamina.bundles.manifest import ENGINES, LABEL, Manifest, gradient_input
+from lamina.encoding.quantize import dequantize_rows, frozen_weights
+from lamina.plans.plan import Stage
+from lamina.plans.segments import HEAD, TensorSpec, norm, projection
 from tests.small_plans import CONTRASTIVE_MICRO, INT8_PREFIX, MAX_BATCH, PLANS, SENSORS, SUPERVISED_MICRO, shared_bundle
 
 TOLERANCE = 1e-5

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.client import client_job, random_examples
-from edge_client.train import reader
-from edge_client.trainer import features, stage_model
-from export.cut import find_segments
-from export.models import build_model
-from export.objectives import apply_objective
-from lamina.manifest import ENGINES, LABEL
-from lamina.model import Contrastive, ModelDescription, ModuleEncoder, Projection, Supervised, Values
-from lamina.quantize import dequantize_rows, frozen_weights
-from lamina.segments import HEAD, norm, projection
+from benchmarks.device.job_alone import client_job, random_examples
+from edge_client.train.epochs import reader
+from edge_client.train.trainer import features, stage_model
+from export.graphs.cut import find_segments
+from export.models.models import build_model
+from export.objectives.objectives import apply_objective
+from lamina.bundles.manifest import ENGINES, LABEL
+from lamina.encoding.quantize import dequantize_rows, frozen_weights
+from lamina.plans.model import Contrastive, ModelDescription, ModuleEncoder, Projection, Supervised, Values
+from lamina.plans.segments import HEAD, norm, projection
 from tests.small_plans import make_plan, shared_bundle
 
 TOLERANCE = 1e-5

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from export.cut import find_segments
+from export.graphs.cut import find_segments
 from export.inputs import example_inputs, raw_input
-from export.models import build_model
-from lamina.bundle import blob_path
-from lamina.manifest import ENGINES, LABEL, Manifest, gradient_input, second_view
-from lamina.model import (
+from export.models.models import build_model
+from lamina.bundles.bundle import blob_path
+from lamina.bundles.manifest import ENGINES, LABEL, Manifest, gradient_input, second_view
+from lamina.names import key_of
+from lamina.plans.model import (
     AudioFrames,
     Contrastive,
     Encoder,
@@ -31,17 +32,16 @@ from lamina.model import (
     SensorWindows,
     Supervised,
 )
-from lamina.names import key_of
-from lamina.plan import Augmentation, FeatureStore, Plan, Stage, Training
-from lamina.segments import HEAD, TensorSpec, classifier, norm, predictor, projection
-from lamina.strategies import make_stages
+from lamina.plans.plan import Augmentation, FeatureStore, Plan, Stage, Training
+from lamina.plans.segments import HEAD, TensorSpec, classifier, norm, predictor, projection
+from lamina.plans.strategies import make_stages
 from tests.small_plans import shared_bundle
 
 TOLERANCE = 1e-5
 BATCH = 3
 CLASSES = 2  # few, so that a class comes more than once in a batch
 # Lowering to ExecuTorch takes up to minutes: the one with references is lowered here, and every export compares each of its
-# programs with eager PyTorch by itself (`export.parity`).
+# programs with eager PyTorch by itself (`export.lowering.parity`).
 ALL, SOME = ENGINES, ("onnxruntime", "torch")
 _SIZES = {"width": 8, "heads": 2, "layers": 1}
 AUDIO = Encoder(modality="audio", input=AudioFrames(frames=3, coefficients=4), **_SIZES)
@@ -149,7 +149,7 @@ class Eager:
 
 
 def joined(fusion: str, head: nn.Module, embeddings: dict[str, Tensor], modalities: tuple[str, ...]) -> Tensor:
-    """Logits by the formulas of `export.fusions`; attention and gates go over the modalities that are there."""
+    """Logits by the formulas of `export.objectives.fusions`; attention and gates go over the modalities that are there."""
     like = next(iter(embeddings.values()))
     z = [embeddings.get(modality, torch.zeros_like(like)) for modality in modalities]
     here = [index for index, modality in enumerate(modalities) if modality in embeddings]

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.cut import find_segments
-from export.models import build_model
-from lamina.bundle import blob_path
-from lamina.manifest import EngineName, Manifest, Program, gradient_input
-from lamina.model import Contrastive, Encoder, ImagePatches, ModelDescription, Projection, TextTokens
+from export.graphs.cut import find_segments
+from export.models.models import build_model
+from lamina.bundles.bundle import blob_path
+from lamina.bundles.manifest import EngineName, Manifest, Program, gradient_input
 from lamina.names import ANY_MODALITY, second_view
-from lamina.plan import Augmentation, FeatureStore, Plan, Stage, StrategyName, Training
-from lamina.segments import norm, projection
-from lamina.strategies import make_stages
+from lamina.plans.model import Contrastive, Encoder, ImagePatches, ModelDescription, Projection, TextTokens
+from lamina.plans.plan import Augmentation, FeatureStore, Plan, Stage, StrategyName, Training
+from lamina.plans.segments import norm, projection
+from lamina.plans.strategies import make_stages
 from tests.small_plans import shared_bundle
 
 TOLERANCE = 1e-5

@@ -24,16 +24,16 @@ import numpy as np
 
 from coordinator.app import create_app
 from coordinator.settings import Settings
-from coordinator.tables import SCHEMA_VERSION, UPGRADES
-from lamina.bundle import sign_bundle
-from lamina.compression import Compression, compress
-from lamina.keys import own_key
-from lamina.manifest import Manifest, PartialStage, Program, ProgramReference, StageCost, StagePrograms
-from lamina.model import Encoder, ModelDescription, Objective, Projection, SensorWindows, Supervised
-from lamina.plan import Cohort, Plan, Training
-from lamina.segments import Segment, TensorSpec, segment_names
-from lamina.strategies import make_stages
-from lamina.tensors import Encoding, Float32, decode_file, encode, hash_bytes
+from coordinator.store.tables import SCHEMA_VERSION, UPGRADES
+from lamina.bundles.bundle import sign_bundle
+from lamina.bundles.keys import own_key
+from lamina.bundles.manifest import Manifest, PartialStage, Program, ProgramReference, StageCost, StagePrograms
+from lamina.encoding.compression import Compression, compress
+from lamina.encoding.tensors import Encoding, Float32, decode_file, encode, hash_bytes
+from lamina.plans.model import Encoder, ModelDescription, Objective, Projection, SensorWindows, Supervised
+from lamina.plans.plan import Cohort, Plan, Training
+from lamina.plans.segments import Segment, TensorSpec, segment_names
+from lamina.plans.strategies import make_stages
 from lamina.wire import (
     CHECK_IN_ANSWER,
     SIGNATURE_HEADER,
@@ -368,7 +368,7 @@ def work_until_finished(coordinator: Coordinator, devices: list[Device], run: st
         status = coordinator.status(run)
         if status.state == "finished":
             return status
-    raise AssertionError(f"{run} does not finish: {coordinator.status(run).detail}")
+    raise AssertionError(f"{run} does not finish: {coordinator.view.status(run).detail}")
 
 
 def problem_of(answer: httpx.Response, status: int, code: str) -> str:

@@ -8,8 +8,8 @@ from hashlib import sha256
 import pytest
 from coordinator_harness import InProcess, as_json, make_bundle, problem_of
 
-from coordinator.problems import STATUS_OF_CODE
-from coordinator.tables import SCHEMA_VERSION
+from coordinator.http.problems import STATUS_OF_CODE
+from coordinator.store.tables import SCHEMA_VERSION
 from lamina.errors import ConfigError, StoreError, all_errors
 from lamina.wire import SMALL_JSON_BYTES
 
@@ -161,7 +161,7 @@ def test_unknown_addresses_and_methods_are_problems_too(coordinator: InProcess) 
 
 
 def test_a_bug_is_answered_with_a_problem_and_logged(coordinator: InProcess, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("coordinator.status.list_runs", lambda house: 1 / 0)
+    monkeypatch.setattr("coordinator.view.status.list_runs", lambda house: 1 / 0)
     coordinator.http._transport._inner.raise_app_exceptions = False
     answer = coordinator.http.get("/v1/runs", headers=coordinator.admin)
     assert "ZeroDivisionError" in problem_of(answer, 500, "lamina")

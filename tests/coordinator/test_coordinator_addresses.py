@@ -2,7 +2,7 @@
 
 from ipaddress import ip_address
 
-from coordinator.addresses import device_urls, own_addresses
+from coordinator.http.addresses import device_urls, own_addresses
 
 
 def test_the_machines_own_addresses_are_named_loopback_last():

@@ -9,12 +9,12 @@ from coordinator_harness import InProcess, make_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.aggregate import Contribution, weighted_mean
-from coordinator.losses import MAX_EXAMPLES
-from coordinator.updates import check_content
-from lamina.plan import Cohort
-from lamina.segments import TensorSpec
-from lamina.tensors import ENCODINGS, Encoding, encode
+from coordinator.aggregation.mean import Contribution, weighted_mean
+from coordinator.rounds.losses import MAX_EXAMPLES
+from coordinator.rounds.updates import check_content
+from lamina.encoding.tensors import ENCODINGS, Encoding, encode
+from lamina.plans.plan import Cohort
+from lamina.plans.segments import TensorSpec
 from lamina.wire import TrainReport
 
 SPECS = [TensorSpec(name="a/w", shape=(3, 2)), TensorSpec(name="a/b", shape=()), TensorSpec(name="b/w", shape=(4,))]

@@ -5,8 +5,8 @@ from coordinator_harness import InProcess, make_bundle, problem_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.downloads import parse_range
-from lamina.tensors import hash_bytes
+from coordinator.http.downloads import parse_range
+from lamina.encoding.tensors import hash_bytes
 
 DATA = bytes(range(256)) * 9000  # above 2 MiB: more than two pieces
 ADDRESS = f"/v1/blobs/{hash_bytes(DATA)}"

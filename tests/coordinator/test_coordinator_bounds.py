@@ -9,12 +9,12 @@ from coordinator_harness import REPORT, Device, InProcess, make_bundle, problem_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.bounds import MOST_MEDIANS, Size, count_within_bounds
-from coordinator.losses import MAX_EXAMPLES
-from coordinator.slots import MAX_DIFFERENCE
-from lamina.plan import Cohort
-from lamina.segments import TensorSpec
-from lamina.tensors import encode
+from coordinator.rounds.influence import MOST_MEDIANS, Size, count_within_bounds
+from coordinator.rounds.losses import MAX_EXAMPLES
+from coordinator.rounds.slots import MAX_DIFFERENCE
+from lamina.encoding.tensors import encode
+from lamina.plans.plan import Cohort
+from lamina.plans.segments import TensorSpec
 from lamina.wire import Assignment
 
 SPECS = [TensorSpec(name="a/w", shape=(4, 4))]

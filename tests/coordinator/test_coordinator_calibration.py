@@ -18,8 +18,8 @@ from coordinator_harness import (
     work_until_finished,
 )
 
-from lamina.plan import Cohort
-from lamina.tensors import encode, hash_bytes
+from lamina.encoding.tensors import encode, hash_bytes
+from lamina.plans.plan import Cohort
 from lamina.wire import Assignment, Refused
 
 ONE = Cohort(size=1, deadline_seconds=1000, lease_seconds=100)
@@ -232,7 +232,9 @@ module.{name} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("name", ["coordinator.aggregation.apply_calibration", "coordinator.calibration.commit_calibration"])
+@pytest.mark.parametrize(
+    "name", ["coordinator.aggregation.aggregator.apply_calibration", "coordinator.aggregation.calibration.commit_calibration"]
+)
 def test_a_kill_between_acceptance_and_the_calibrated_weights_gives_the_same_bytes(tmp_path: Path, name: str) -> None:
     calm = InProcess(tmp_path / "calm")
     calm.publish(calibrated_bundle(rounds=[1, 0]))

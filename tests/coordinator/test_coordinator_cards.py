@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coordinator.tables import CardRow, DataFactRow
-from edge_client.device import Device as RealDevice
-from edge_client.device import Options as DeviceOptions
-from edge_client.transport import Transport
+from coordinator.store.tables import CardRow, DataFactRow
+from edge_client.talk.device import Device as RealDevice
+from edge_client.talk.device import Options as DeviceOptions
+from edge_client.talk.transport import Transport
+from lamina.data.card import DataCard, ModalityCard
 from lamina.data.convert import Settings
 from lamina.data.pack import Options, pack
-from lamina.data_card import DataCard, ModalityCard
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import ProtocolError
-from lamina.plan import Cohort
-from lamina.tensors import hash_bytes
+from lamina.plans.plan import Cohort
 from lamina.wire import Assignment, CardWanted, Refused, Wait
 from tests.coordinator.coordinator_harness import Device, FakeClock, InProcess, make_bundle, problem_of
 

@@ -7,9 +7,9 @@ from coordinator_harness import FakeClock, InProcess, make_bundle, work_until_fi
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.cohort import draw_cohort
-from lamina.depth import drawn_prefix
-from lamina.plan import Cohort
+from coordinator.rounds.cohort import draw_cohort
+from lamina.plans.depth import drawn_prefix
+from lamina.plans.plan import Cohort
 from lamina.wire import Assignment
 
 POOL = Cohort(size=2, pool=4, min_updates=1, deadline_seconds=1000, lease_seconds=100)

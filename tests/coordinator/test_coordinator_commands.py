@@ -23,7 +23,7 @@ from lamina.errors import (
     UnreachableError,
     all_errors,
 )
-from lamina.plan import Cohort
+from lamina.plans.plan import Cohort
 from lamina.wire import Problem
 
 

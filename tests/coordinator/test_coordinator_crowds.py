@@ -15,10 +15,10 @@ import httpx
 import pytest
 from coordinator_harness import InProcess, Process, make_bundle, poll, problem_of
 
-from coordinator.bodies import MOST_UPDATES
-from coordinator.connections import Limits, Sparse
-from coordinator.private import make_private
-from coordinator.throttle import Throttle
+from coordinator.http.bodies import MOST_UPDATES
+from coordinator.http.connections import Limits, Sparse
+from coordinator.security.private import make_private
+from coordinator.security.throttle import Throttle
 from lamina.wire import MAX_JSON_BYTES, SMALL_JSON_BYTES
 
 MIB = 1 << 20
@@ -28,8 +28,8 @@ import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, ({FILES}, {FILES}))
 """
 QUICK = """
-import coordinator.bodies, coordinator.settings
-coordinator.bodies.GRACE_SECONDS = 0.5
+import coordinator.http.bodies, coordinator.settings
+coordinator.http.bodies.GRACE_SECONDS = 0.5
 coordinator.settings.Settings.model_fields["idle_seconds"].default = 0.5
 coordinator.settings.Settings.model_rebuild(force=True)
 """

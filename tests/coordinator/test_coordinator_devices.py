@@ -7,8 +7,8 @@ import sqlite3
 import pytest
 from coordinator_harness import REPORT, Coordinator, FakeClock, InProcess, make_bundle
 
-from coordinator.roster import MOST_DEVICES
-from lamina.plan import Cohort
+from coordinator.view.roster import MOST_DEVICES
+from lamina.plans.plan import Cohort
 from lamina.wire import DeviceList, DeviceState
 
 

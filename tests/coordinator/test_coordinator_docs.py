@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from coordinator_harness import InProcess
 
-from coordinator import bodies
-from coordinator.losses import MAX_EXAMPLES
-from coordinator.problems import STATUS_OF_CODE, TITLES
+from coordinator.http import bodies
+from coordinator.http.problems import STATUS_OF_CODE, TITLES
+from coordinator.rounds.losses import MAX_EXAMPLES
+from coordinator.rounds.updates import MAX_DIFFERENCE
 from coordinator.settings import Settings
-from coordinator.updates import MAX_DIFFERENCE
 from lamina import wire
 from lamina.bounds import MAX_ITEMS, MAX_LAYERS, MAX_ROUNDS, MAX_SEGMENTS, MAX_STAGES
+from lamina.bundles.signing import signed_message
 from lamina.digests import CONTENT_DIGEST
 from lamina.errors import all_errors
 from lamina.record import Record
-from lamina.signing import signed_message
 from lamina.wire import MAX_JSON_BYTES, REPORT_HEADER, SIGNATURE_HEADER, SMALL_JSON_BYTES
 
 DOCS = Path(__file__).parents[2] / "docs"

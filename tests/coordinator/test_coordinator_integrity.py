@@ -9,7 +9,7 @@ import pytest
 from coordinator_harness import REPORT, Device, InProcess, make_bundle, path_of, problem_of
 
 from lamina.digests import CONTENT_DIGEST, REQUEST_DIGEST, content_digest, request_digest
-from lamina.plan import Cohort
+from lamina.plans.plan import Cohort
 from lamina.wire import CheckIn
 
 

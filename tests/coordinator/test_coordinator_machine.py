@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lamina.plan import Cohort
+from lamina.plans.plan import Cohort
 from lamina.wire import Accepted, Assignment, RunStatus, TrainReport
 
 COHORT = Cohort(size=2, min_updates=1, deadline_seconds=300, lease_seconds=50)

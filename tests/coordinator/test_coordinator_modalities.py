@@ -17,10 +17,10 @@ from coordinator_harness import (
     work_until_finished,
 )
 
-from coordinator.modalities import from_text, largest_set, to_text
-from lamina.model import Contrastive
-from lamina.plan import Augmentation, Cohort, FeatureStore
-from lamina.tensors import encode, hash_bytes
+from coordinator.rounds.modalities import from_text, largest_set, to_text
+from lamina.encoding.tensors import encode, hash_bytes
+from lamina.plans.model import Contrastive
+from lamina.plans.plan import Augmentation, Cohort, FeatureStore
 from lamina.wire import Refused, Wait
 
 MODALITIES = ("audio", "image", "motion")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from coordinator_harness import Device, InProcess, schema_version, work_until_finished
 
-from coordinator.tables import SCHEMA_VERSION
+from coordinator.store.tables import SCHEMA_VERSION
 from lamina.wire import Enrolled
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "2026-11-30"

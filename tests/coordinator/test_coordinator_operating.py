@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import lamina.client
 from lamina.cli.main import app
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import LaminaError
-from lamina.plan import Cohort
-from lamina.tensors import hash_bytes
+from lamina.plans.plan import Cohort
 from lamina.wire import Assignment, Enrolments, History, HistoryEntry
 
 ONE = Cohort(size=1, deadline_seconds=1000, lease_seconds=100)
@@ -341,11 +341,11 @@ def test_a_round_that_cannot_be_aggregated_fails_its_run_and_can_be_taken_back(
 def test_weights_that_would_not_be_numbers_fail_the_run_by_name(coordinator: InProcess, monkeypatch) -> None:
     coordinator.publish(make_bundle(rounds=[1, 0], cohort=ONE))
     device = coordinator.join("a")
-    import coordinator.aggregation as aggregation
+    import coordinator.aggregation.aggregator as aggregation
 
     real = aggregation.weighted_mean
     monkeypatch.setattr(
-        "coordinator.aggregation.weighted_mean",
+        "coordinator.aggregation.aggregator.weighted_mean",
         lambda *arguments: {name: value * float("inf") for name, value in real(*arguments).items()},
     )
     assert device.send(device.work()).status_code == 200

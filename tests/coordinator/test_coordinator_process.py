@@ -25,7 +25,7 @@ from coordinator_harness import (
     work_until_finished,
 )
 
-from lamina.plan import Cohort
+from lamina.plans.plan import Cohort
 from lamina.wire import Assignment, Wait
 
 COHORT = Cohort(size=3)
@@ -80,9 +80,9 @@ def test_a_kill_within_a_round_loses_nothing(tmp_path: Path, calm: dict[str, byt
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("coordinator.aggregation", "aggregate_round"),  # accepted, not aggregated
-        ("coordinator.aggregation", "commit_round"),  # the new weights are blobs, no row names them
-        ("coordinator.aggregation", "remove_updates"),  # committed, the updates' bodies are still there
+        ("coordinator.aggregation.aggregator", "aggregate_round"),  # accepted, not aggregated
+        ("coordinator.aggregation.aggregator", "commit_round"),  # the new weights are blobs, no row names them
+        ("coordinator.aggregation.aggregator", "remove_updates"),  # committed, the updates' bodies are still there
     ],
 )
 def test_a_kill_between_acceptance_and_the_next_round_loses_nothing(
@@ -108,7 +108,7 @@ def test_a_kill_between_acceptance_and_the_next_round_loses_nothing(
 
 def test_a_kill_before_the_commit_leaves_the_update_to_be_sent_again(tmp_path: Path, calm: dict[str, bytes]) -> None:
     """The body is in place, the row is not: the device had no answer, so it sends again."""
-    trap = DIE_IN.format(module="coordinator.updates", name="UpdateRow")
+    trap = DIE_IN.format(module="coordinator.rounds.updates", name="UpdateRow")
     # The class is also used in queries; only making a row is the moment to die.
     trap = trap.replace("module.UpdateRow = ", "module.UpdateRow.__init__ = ")
     first = Process(tmp_path / "state", trap)
@@ -151,7 +151,7 @@ def test_devices_that_work_at_the_same_time_end_where_those_in_turn_do(tmp_path:
 
 WAIT_IN_AGGREGATION = """
 import time, pathlib
-import coordinator.aggregation as module
+import coordinator.aggregation.aggregator as module
 real = module.aggregate_round
 def slow(*arguments):
     while not pathlib.Path({gate!r}).exists():

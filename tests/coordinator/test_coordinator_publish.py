@@ -3,8 +3,8 @@
 import numpy as np
 from coordinator_harness import InProcess, as_json, make_bundle, problem_of, work_until_finished
 
-from lamina.manifest import Manifest
-from lamina.tensors import encode, hash_bytes
+from lamina.bundles.manifest import Manifest
+from lamina.encoding.tensors import encode, hash_bytes
 
 
 def post(coordinator: InProcess, manifest: Manifest):

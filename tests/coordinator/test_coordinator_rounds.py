@@ -15,7 +15,7 @@ from coordinator_harness import (
     work_until_finished,
 )
 
-from lamina.plan import Cohort
+from lamina.plans.plan import Cohort
 from lamina.wire import Assignment, Refused, RunStatus
 
 

@@ -8,10 +8,10 @@ from coordinator_harness import REPORT, Device, InProcess, make_bundle, problem_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.losses import MAX_EXAMPLES, mean_by_examples
-from coordinator.self_tuning import has_stalled
+from coordinator.rounds.losses import MAX_EXAMPLES, mean_by_examples
+from coordinator.rounds.self_tuning import has_stalled
 from lamina.bounds import MAX_COUNT, MAX_LOSS
-from lamina.plan import Cohort, SelfTuning
+from lamina.plans.plan import Cohort, SelfTuning
 from lamina.wire import Assignment, RunStatus, TrainReport
 
 ONE = Cohort(size=1, deadline_seconds=1000, lease_seconds=100)

@@ -13,19 +13,19 @@ from coordinator_harness import Bundle, InProcess, make_bundle, problem_of
 from typer.testing import CliRunner
 
 from coordinator.settings import Settings
-from edge_client.device import Device, Options
 from edge_client.job import Job
-from edge_client.transport import Transport
-from lamina.bundle import SIGNATURE, read_bundle, sign_bundle
+from edge_client.talk.device import Device, Options
+from edge_client.talk.transport import Transport
+from lamina.bundles.bundle import SIGNATURE, read_bundle, sign_bundle
+from lamina.bundles.keys import VARIABLE, SigningKey, keys_folder, new_key, own_key, trust_key, users_trust
+from lamina.bundles.signing import TrustedKeys, fingerprint, key_text
 from lamina.cli.key import key as key_command
 from lamina.cli.publish import publish
 from lamina.cli.serve import serve
 from lamina.client import Client
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import ConfigError, HashMismatchError, SignatureError
-from lamina.keys import VARIABLE, SigningKey, keys_folder, new_key, own_key, trust_key, users_trust
-from lamina.plan import Cohort
-from lamina.signing import TrustedKeys, fingerprint, key_text
-from lamina.tensors import hash_bytes
+from lamina.plans.plan import Cohort
 from lamina.wire import SIGNATURE_HEADER, Signature
 from tests.edge_client.tiny import make_data
 

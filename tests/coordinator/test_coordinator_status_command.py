@@ -17,8 +17,8 @@ from lamina.cli.status import document, figure, screen_of, status, table_of
 from lamina.cli.watching import lines_of, watch_lines, watch_screen
 from lamina.client import Client, RunView, read_token
 from lamina.errors import UnreachableError
-from lamina.plan import Cohort
-from lamina.split_wire import SplitStatus
+from lamina.plans.plan import Cohort
+from lamina.split.wire import SplitStatus
 from lamina.wire import DeviceList, DeviceState
 
 HOSTILE = ("[/x]", "[bold red]", "\u001b]0;owned\u0007\u001b[2J", "\u202eevil", "a\nb\rc")

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from coordinator_harness import Device, InProcess, make_bundle, problem_of, work_until_finished
 
-from coordinator.incoming import Incoming
+from coordinator.store.incoming import Incoming
 from lamina.errors import StoreError
-from lamina.plan import Cohort
+from lamina.plans.plan import Cohort
 from lamina.wire import Assignment
 
 SERVE_COMMAND = "from lamina.cli.main import main; main()"
@@ -110,7 +110,7 @@ def no_space(*_args: object, **_kwargs: object) -> int:
 def test_a_disk_that_fills_within_an_update(working, monkeypatch, call: str) -> None:
     device, assignment = working
     with monkeypatch.context() as patch:
-        patch.setattr(f"coordinator.incoming.os.{call}", no_space)
+        patch.setattr(f"coordinator.store.incoming.os.{call}", no_space)
         problem_of(device.send(assignment), 507, "disk-full")
     assert list((device.coordinator.state / "updates").iterdir()) == []
     assert device.send(assignment).status_code == 200
@@ -121,7 +121,7 @@ def test_a_disk_that_has_no_room_for_the_file_itself(working, monkeypatch) -> No
     device, assignment = working
     body = device.body(assignment)
     with monkeypatch.context() as patch:
-        patch.setattr("coordinator.incoming.Path.open", no_space)
+        patch.setattr("coordinator.store.incoming.Path.open", no_space)
         problem_of(device.send(assignment, body), 507, "disk-full")
     assert device.send(assignment).status_code == 200
 
@@ -157,7 +157,7 @@ def test_a_database_that_stays_locked_is_told_as_such(working, monkeypatch) -> N
     import sqlite3
 
     device, assignment = working
-    monkeypatch.setattr("coordinator.database.BUSY_TIMEOUT_MILLISECONDS", 10)
+    monkeypatch.setattr("coordinator.store.database.BUSY_TIMEOUT_MILLISECONDS", 10)
     device.coordinator.restart()
     other = sqlite3.connect(device.coordinator.state / "coordinator.sqlite")
     other.execute("BEGIN IMMEDIATE")

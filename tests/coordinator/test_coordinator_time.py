@@ -16,7 +16,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lamina.plan import Cohort
+from lamina.plans.plan import Cohort
 from lamina.wire import Assignment, Wait
 
 YEARS = 365 * 86400

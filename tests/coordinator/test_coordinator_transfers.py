@@ -23,12 +23,12 @@ from coordinator_harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.tables import SCHEMA_VERSION
-from coordinator.terms import Terms, agree, shortfall
+from coordinator.rounds.terms import Terms, agree, shortfall
+from coordinator.store.tables import SCHEMA_VERSION
 from lamina.cli.status import encodings_of, table_of
-from lamina.compression import compress, decompress
-from lamina.plan import Cohort, Training
-from lamina.tensors import ENCODINGS, encode, hash_bytes, max_file_bytes
+from lamina.encoding.compression import compress, decompress
+from lamina.encoding.tensors import ENCODINGS, encode, hash_bytes, max_file_bytes
+from lamina.plans.plan import Cohort, Training
 from lamina.wire import Assignment, CheckIn
 
 ALL = {"encodings": ENCODINGS, "compressions": ("none", "zstd")}
@@ -208,7 +208,7 @@ def test_evaluations_use_the_same_variants_and_the_status_says_so(coordinator: I
 def count_encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     monkeypatch.setattr(
-        "coordinator.variants.encode", lambda tensors, encoding: made.append(encoding) or encode(tensors, encoding)
+        "coordinator.store.variants.encode", lambda tensors, encoding: made.append(encoding) or encode(tensors, encoding)
     )
     return made
 
@@ -412,7 +412,7 @@ def test_initial_weights_must_be_fp32(coordinator: InProcess) -> None:
 
 
 def test_a_plan_with_a_compression_that_is_not_installed_is_refused(coordinator: InProcess, monkeypatch) -> None:
-    monkeypatch.setattr("coordinator.publish.available_compressions", lambda: ("none",))
+    monkeypatch.setattr("coordinator.rounds.publish.available_compressions", lambda: ("none",))
     manifest = make_bundle(compression="zstd").manifest
     answer = coordinator.post_manifest(manifest.to_json())
     assert "pip install 'lamina[coordinator]'" in problem_of(answer, 422, "config")

@@ -5,8 +5,8 @@ import pytest
 from coordinator_harness import REPORT, Device, InProcess, make_bundle, problem_of
 from safetensors.numpy import save
 
-from lamina.plan import Cohort
-from lamina.tensors import encode, max_file_bytes
+from lamina.encoding.tensors import encode, max_file_bytes
+from lamina.plans.plan import Cohort
 from lamina.wire import Accepted, Assignment, TrainReport
 
 

@@ -3,8 +3,8 @@ from functools import partial
 import httpx
 import pytest
 
-from edge_client.device import Options, join
-from edge_client.transport import Transport
+from edge_client.talk.device import Options, join
+from edge_client.talk.transport import Transport
 from tests.edge_client.fake_coordinator import ENROLMENT_TOKEN, FakeCoordinator
 from tests.edge_client.tiny import TinyPrograms, make_data
 

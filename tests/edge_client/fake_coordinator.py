@@ -6,8 +6,8 @@ from tempfile import TemporaryDirectory
 
 import httpx
 
-from lamina.keys import own_key
-from lamina.tensors import decode_file, encode, hash_bytes
+from lamina.bundles.keys import own_key
+from lamina.encoding.tensors import decode_file, encode, hash_bytes
 from lamina.wire import Accepted, Assignment, Enrolled, Evaluation, Problem, TrainReport, Wait
 from tests.edge_client.tiny import make_segment
 

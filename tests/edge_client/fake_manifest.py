@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from lamina.manifest import Manifest, PartialStage, Program, ProgramReference, StageCost, StagePrograms
-from lamina.model import Contrastive
+from lamina.bundles.manifest import Manifest, PartialStage, Program, ProgramReference, StageCost, StagePrograms
+from lamina.encoding.tensors import hash_bytes
 from lamina.names import ANY_MODALITY, second_view
-from lamina.plan import Plan
-from lamina.segments import Segment, TensorSpec, segment_names
-from lamina.tensors import hash_bytes
+from lamina.plans.model import Contrastive
+from lamina.plans.plan import Plan
+from lamina.plans.segments import Segment, TensorSpec, segment_names
 
 ENGINE = "torch"
 COST = {

@@ -7,8 +7,8 @@ Weights `part.0/w` (3,), `part.0/v` (2, 2) and `part.1/w` (40000,), more than on
 import numpy as np
 
 from edge_client.job import ProgramFile, ReferenceFile, Rows, SegmentFile, Tensor
-from edge_client.stage_model import StageModel
-from lamina.tensors import encode
+from edge_client.train.stage_model import StageModel
+from lamina.encoding.tensors import encode
 from tests.edge_client.tiny import make_job
 
 SEGMENTS = {"part.0": {"w": (3,), "v": (2, 2)}, "part.1": {"w": (40000,)}}

@@ -1,12 +1,13 @@
-"""`edge_client.augment`: what a crop and a gain do to a row; shift, noise and erase are tested with the stored features."""
+"""`edge_client.rows.augment`: what a crop and a gain do to a row; shift, noise and erase are tested with the stored
+features."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.augment import AugmentedRows
 from edge_client.job import Augmentation
+from edge_client.rows.augment import AugmentedRows
 
 
 class Rows:

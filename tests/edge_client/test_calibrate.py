@@ -7,12 +7,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from edge_client.device import Device, Options
-from edge_client.transport import Transport
+from edge_client.talk.device import Device, Options
+from edge_client.talk.transport import Transport
 from lamina.cli.calibrate import calibrate
 from lamina.cli.join import join
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import ProtocolError
-from lamina.tensors import hash_bytes
 from lamina.wire import Assignment, CheckIn
 from tests.edge_client.fake_coordinator import ENROLMENT_TOKEN, FakeCoordinator, answer
 from tests.edge_client.fake_manifest import ENGINE, fake_manifest
@@ -23,7 +23,7 @@ from tests.edge_client.test_prepare_methods import PARTIAL, make_plan
 def told(monkeypatch, tmp_path):
     """What a verb tells the client to do."""
     calls = []
-    monkeypatch.setattr("edge_client.start.start", calls.append)
+    monkeypatch.setattr("edge_client.process.start.start", calls.append)
 
     def run(verb, *more):
         app = typer.Typer()
@@ -85,7 +85,7 @@ def check_in(monkeypatch, tmp_path, data, role, phase="train", plan=None, **more
     def stop(*_):
         raise Fetched
 
-    monkeypatch.setattr("edge_client.device.prepare_job", stop)
+    monkeypatch.setattr("edge_client.talk.device.prepare_job", stop)
     connect = partial(Transport, transport=httpx.MockTransport(coordinator), say=print)
     with connect("http://c") as transport:
         options = Options("http://c", str(data), "attic", ENGINE, str(tmp_path / role), role=role)

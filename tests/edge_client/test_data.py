@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from edge_client.data import LocalData
-from edge_client.rows import RowFile, RowWriter
+from edge_client.rows.local_data import LocalData
+from edge_client.rows.row_files import RowFile, RowWriter
 from lamina.errors import DataError
-from lamina.model import Contrastive, Encoder, ModelDescription, Projection, SensorWindows, TextTokens
+from lamina.plans.model import Contrastive, Encoder, ModelDescription, Projection, SensorWindows, TextTokens
 from tests.edge_client.tiny import CLASSES, MODEL, make_data
 
 GOOD = {

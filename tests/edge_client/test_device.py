@@ -10,10 +10,10 @@ import httpx
 import numpy as np
 import pytest
 
-from edge_client.device import Options, join
+from edge_client.talk.device import Options, join
+from lamina.bundles.manifest import ENGINES
+from lamina.encoding.tensors import decode_file, hash_bytes
 from lamina.errors import ConfigError, DataError, NotEnrolledError, ProtocolError, UnknownNameError
-from lamina.manifest import ENGINES
-from lamina.tensors import decode_file, hash_bytes
 from lamina.wire import CheckIn, Enrolled, Refused, Wait
 from tests.edge_client.conftest import Stopped
 from tests.edge_client.fake_coordinator import FakeCoordinator, answer, problem
@@ -127,7 +127,7 @@ def test_an_update_that_could_not_be_sent_is_sent_by_the_next_command_without_tr
     away = Away(coordinator.manifest, coordinator.blobs)
     with pytest.raises(Stopped, match="no network"):
         start(away)
-    monkeypatch.setattr("edge_client.device.do_job", None)
+    monkeypatch.setattr("edge_client.talk.device.do_job", None)
     said = start(coordinator)
     assert len(coordinator.updates) == 1
     assert said[-1] == "finished: all runs are finished"
@@ -167,7 +167,7 @@ def test_weights_that_are_gone_are_asked_for_once_more_and_then_reported(start, 
 
 def test_a_long_round_keeps_its_lease(start, coordinator, monkeypatch):
     coordinator.lease_seconds = 0.0
-    monkeypatch.setattr("edge_client.heartbeat.SHORTEST_PAUSE_SECONDS", 0.0)  # so that it is renewed after every batch
+    monkeypatch.setattr("edge_client.train.heartbeat.SHORTEST_PAUSE_SECONDS", 0.0)  # so that it is renewed after every batch
     coordinator.steps = coordinator.steps[:2]
     start(coordinator)
     assert coordinator.steps == []
@@ -239,8 +239,8 @@ from functools import partial
 from pathlib import Path
 import httpx
 from edge_client import heartbeat
-from edge_client.device import Options, join
-from edge_client.transport import Transport
+from edge_client.talk.device import Options, join
+from edge_client.talk.transport import Transport
 from tests.edge_client.fake_coordinator import ENROLMENT_TOKEN, FakeCoordinator
 
 coordinator = FakeCoordinator(*pickle.loads(Path(sys.argv[1]).read_bytes()))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_client.rows import RowWriter
+from edge_client.rows.row_files import RowWriter
 from lamina.errors import DiskFullError, StoreError
 from lamina.files import disk_errors_named
 from tests.edge_client.fake_coordinator import FakeCoordinator
@@ -61,7 +61,7 @@ def one_round(bundle):
 
 
 def test_a_disk_that_is_full_at_any_write_is_named_and_the_same_command_goes_on(start, bundle, tmp_path, disk, monkeypatch):
-    from edge_client import device
+    from edge_client.talk import device
 
     prepared = device.prepare_job
     monkeypatch.setattr(device, "prepare_job", lambda *given: replace(prepared(*given), upload_compression="zstd"))

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from edge_client.engines import load_engine
-from edge_client.stage_model import StageModel
+from edge_client.train.stage_model import StageModel
+from lamina.bundles.manifest import ENGINES
+from lamina.encoding.tensors import encode
 from lamina.errors import DataError, EngineError, EngineMissingError, NonFiniteError
-from lamina.manifest import ENGINES
-from lamina.tensors import encode
 from tests.edge_client.tiny import (
     CHANNELS,
     CLASSES,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.augment import AugmentedRows
 from edge_client.job import Augmentation
+from edge_client.rows.augment import AugmentedRows
 
 SHARES = st.floats(0.0, 0.99)
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from edge_client.augment import AugmentedRows
-from edge_client.data import LocalData
 from edge_client.engines import load_engine
-from edge_client.feature_cache import VERIFIED, FeatureCache, FeaturesLostError
 from edge_client.job import Augmentation, FeaturePlan, FrozenStep, ProgramFile, SegmentFile, Tensor
-from edge_client.rows import RowFile
-from edge_client.stored import decode_rows, encode_rows, row_dtype
+from edge_client.rows.augment import AugmentedRows
+from edge_client.rows.feature_cache import VERIFIED, FeatureCache, FeaturesLostError
+from edge_client.rows.feature_encoding import decode_rows, encode_rows, row_dtype
+from edge_client.rows.local_data import LocalData
+from edge_client.rows.row_files import RowFile
+from lamina.encoding.tensors import encode, hash_bytes
 from lamina.errors import DataError, DiskFullError, NonFiniteError
-from lamina.tensors import encode, hash_bytes
 from tests.edge_client.tiny import (
     LAYERS,
     MAX_BATCH,
@@ -335,7 +335,7 @@ def test_a_full_disk_leaves_no_half_of_a_file_and_says_what_to_do(house, monkeyp
     house.features(1)
     whole = house.files()
     with Path("/dev/full").open("wb", buffering=0) as none:
-        monkeypatch.setattr("edge_client.rows.RowWriter._open", lambda self: none, raising=True)
+        monkeypatch.setattr("edge_client.rows.row_files.RowWriter._open", lambda self: none, raising=True)
         with pytest.raises(DiskFullError, match="no space left"):
             house.features(2)
     assert house.files() == whole

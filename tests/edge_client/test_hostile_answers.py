@@ -13,16 +13,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-import lamina.deadlines
-from edge_client.blobs import BlobCache
-from edge_client.heartbeat import check_in
+import lamina.net.deadlines
 from edge_client.job import Heartbeat
-from edge_client.transport import Transport
-from lamina.address import coordinator_address, proxy_of
+from edge_client.talk.blobs import BlobCache
+from edge_client.talk.transport import Transport
+from edge_client.train.heartbeat import check_in
 from lamina.client import Client, read_token
 from lamina.digests import CONTENT_DIGEST, REQUEST_DIGEST, content_digest, request_digest
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import ConfigError, HashMismatchError, ProtocolError, TlsError, UnreachableError
-from lamina.tensors import hash_bytes
+from lamina.net.address import coordinator_address, proxy_of
 from lamina.wire import CheckIn, Enrolment, Wait
 from tests.edge_client.hostile import hostile, http
 
@@ -320,8 +320,8 @@ def test_what_a_coordinator_says_steers_no_terminal(capsys):
 
 PEAK = """
 import sys
-from edge_client.memory import peak_bytes
-from edge_client.transport import Transport
+from edge_client.process.memory import peak_bytes
+from edge_client.talk.transport import Transport
 from lamina.errors import LaminaError
 from lamina.wire import CheckIn
 check_in = CheckIn(engine="onnxruntime", modalities=("motion",), train_examples=1, test_examples=0)
@@ -506,7 +506,7 @@ def test_a_heartbeat_answered_with_no_json_is_an_os_error(tmp_path, body):
 
 
 def test_a_heartbeat_that_drips_does_not_hold_training_up(tmp_path, monkeypatch):
-    monkeypatch.setattr("edge_client.heartbeat._ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("edge_client.train.heartbeat._ANSWER_SECONDS", 1.0)
 
     def drip(path):
         yield b"HTTP/1.1 200 OK\r\n"

@@ -3,11 +3,11 @@
 import httpx
 import pytest
 
-from edge_client.assignment import check_manifest
-from edge_client.outcome import UPDATE
-from edge_client.watchdog import Watchdog
+from edge_client.process.outcome import UPDATE
+from edge_client.process.watchdog import Watchdog
+from edge_client.talk.assignment import check_manifest
+from lamina.bundles.manifest import ProgramReference
 from lamina.errors import HashMismatchError, LaminaError, NotEnrolledError, ProtocolError
-from lamina.manifest import ProgramReference
 from lamina.wire import Wait
 from tests.edge_client.conftest import Stopped
 from tests.edge_client.fake_coordinator import FakeCoordinator, problem
@@ -63,7 +63,7 @@ def test_weights_that_are_another_blob_of_the_bundle_are_named(start, coordinato
 
 
 def test_a_compression_that_this_device_did_not_offer_is_refused_before_training(start, coordinator, monkeypatch):
-    monkeypatch.setattr("edge_client.assignment.available_compressions", lambda: ("none",))
+    monkeypatch.setattr("edge_client.talk.assignment.available_compressions", lambda: ("none",))
     with pytest.raises(ProtocolError, match="asks for zstd, which this device did not offer"):
         start(Altered(coordinator, upload_compression=lambda work: "zstd"))
 
@@ -137,7 +137,7 @@ def test_an_update_that_did_not_get_there_is_kept_for_the_next_command(start, co
     with pytest.raises(error):
         start(unlucky)
     unlucky.times = 0
-    monkeypatch.setattr("edge_client.device.do_job", None)  # nothing is trained again
+    monkeypatch.setattr("edge_client.talk.device.do_job", None)  # nothing is trained again
     start(unlucky)
     assert len(unlucky.updates) == 1 and len(set(unlucky.bodies)) == 1
 
@@ -175,7 +175,7 @@ def test_a_job_of_another_version_is_done_again(start, coordinator, tmp_path, co
 def test_a_full_disk_during_training_is_not_remembered_as_the_outcome_for_ever(start, coordinator, tmp_path, monkeypatch):
     unlucky = Unlucky(coordinator, damaged, 0)
     with monkeypatch.context() as patch:
-        patch.setattr("edge_client.trainer.write_durably", full)
+        patch.setattr("edge_client.train.trainer.write_durably", full)
         with pytest.raises(LaminaError, match="no space left"):
             start(unlucky)
     start(unlucky)
@@ -234,7 +234,7 @@ sys.modules[__name__] = onnxruntime
 
 def test_the_watchdog_waits_50_times_as_long_as_the_longest_step_but_never_less_than_ten_minutes(monkeypatch):
     now, timers = [0.0], []
-    monkeypatch.setattr("edge_client.watchdog.signal.setitimer", lambda which, seconds: timers.append(seconds))
+    monkeypatch.setattr("edge_client.process.watchdog.signal.setitimer", lambda which, seconds: timers.append(seconds))
     watchdog = Watchdog(3600, lambda: now[0])
     for seconds in (1, 20, 1, 500):
         now[0] += seconds

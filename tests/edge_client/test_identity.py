@@ -6,10 +6,10 @@ import sys
 import httpx
 import pytest
 
-from edge_client.identity import Identity, exclusive, load_or_enrol, read_enrolment_token
-from edge_client.transport import Transport
+from edge_client.talk.identity import Identity, exclusive, load_or_enrol, read_enrolment_token
+from edge_client.talk.transport import Transport
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import ConfigError, NotEnrolledError, UnreachableError
-from lamina.tensors import hash_bytes
 from lamina.wire import Enrolled
 from tests.edge_client.fake_coordinator import DEVICE_TOKEN, ENROLMENT_TOKEN, answer, problem
 
@@ -177,7 +177,7 @@ def test_a_missing_token_says_where_to_put_one(tmp_path, monkeypatch):
 def test_two_processes_cannot_share_a_state_folder(tmp_path):
     other = f"""
 from pathlib import Path
-from edge_client.identity import exclusive
+from edge_client.talk.identity import exclusive
 from lamina.errors import ConfigError
 try:
     with exclusive(Path({str(tmp_path)!r})):

@@ -2,7 +2,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from edge_client.device import Options
+from edge_client.talk.device import Options
 from lamina.cli.join import join
 from lamina.errors import ConfigError
 
@@ -18,7 +18,7 @@ def command():
 def device(monkeypatch):
     """Records what the device is told to do instead of doing it."""
     calls = []
-    monkeypatch.setattr("edge_client.start.start", calls.append)
+    monkeypatch.setattr("edge_client.process.start.start", calls.append)
     return calls
 
 

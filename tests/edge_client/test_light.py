@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_client import supervisor
-from edge_client.memory import peak_bytes
+from edge_client.process import supervisor
+from edge_client.process.memory import peak_bytes
 from tests.edge_client.tiny import initial_weights
 
 HEAVY = (
@@ -34,12 +34,12 @@ def fresh(code, *arguments):
 
 
 def test_the_device_loads_no_runtime_and_no_command_line():
-    loaded = fresh(f"import sys, edge_client.device\nprint(*(name for name in {HEAVY} if name in sys.modules))")
+    loaded = fresh(f"import sys, edge_client.talk.device\nprint(*(name for name in {HEAVY} if name in sys.modules))")
     assert loaded == []
 
 
 def test_the_hidden_modules_can_be_imported_afterwards():
-    assert fresh("import edge_client.device, httpx._main, sys\nprint('rich' in sys.modules)") == ["True"]
+    assert fresh("import edge_client.talk.device, httpx._main, sys\nprint('rich' in sys.modules)") == ["True"]
 
 
 def test_onnxruntime_trains_without_torch_where_torch_is_installed(programs, tmp_path):
@@ -51,7 +51,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from edge_client.engines import load_engine
-from lamina.manifest import Program
+from lamina.bundles.manifest import Program
 program = Program.from_file(Path(sys.argv[1]) / "program.json")
 loaded = load_engine("onnxruntime").load(Path(sys.argv[2]), program)
 weights = list(np.load(Path(sys.argv[1]) / "weights.npz").values())
@@ -67,15 +67,15 @@ def test_executorch_loads_none_of_its_own_python():
     assert fresh(code + "print(*(n for n in ('executorch.exir', 'torchao', 'executorch.runtime') if n in sys.modules))") == []
 
 
-@pytest.mark.parametrize(("module", "most"), [("edge_client.device", 64), ("edge_client.trainer", 30)])
+@pytest.mark.parametrize(("module", "most"), [("edge_client.talk.device", 64), ("edge_client.train.trainer", 30)])
 def test_a_process_of_the_device_stays_small(module, most):
-    (bytes_,) = fresh(f"import {module}\nfrom edge_client.memory import peak_bytes\nprint(peak_bytes())")
+    (bytes_,) = fresh(f"import {module}\nfrom edge_client.process.memory import peak_bytes\nprint(peak_bytes())")
     assert int(bytes_) < most << 20
 
 
 def test_the_training_process_loads_neither_messages_nor_http_nor_hashing():
-    names = ("pydantic", "httpx", "ssl", "http", "hashlib", "numpy.random", "zipfile", "lamina.manifest", "subprocess")
-    assert fresh(f"import sys, edge_client.trainer\nprint(*(name for name in {names} if name in sys.modules))") == []
+    names = ("pydantic", "httpx", "ssl", "http", "hashlib", "numpy.random", "zipfile", "lamina.bundles.manifest", "subprocess")
+    assert fresh(f"import sys, edge_client.train.trainer\nprint(*(name for name in {names} if name in sys.modules))") == []
 
 
 def test_the_supervisor_is_a_bare_interpreter():
@@ -96,7 +96,7 @@ print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])
 def test_the_peak_counts_what_was_freed_again():
     code = """
 import numpy as np
-from edge_client.memory import peak_bytes
+from edge_client.process.memory import peak_bytes
 before = peak_bytes()
 np.ones(100 << 20, np.uint8).sum()
 print(peak_bytes() - before)
@@ -114,8 +114,8 @@ import sys
 from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
-from edge_client.memory import peak_bytes
-from edge_client.rows import RowFile
+from edge_client.process.memory import peak_bytes
+from edge_client.rows.row_files import RowFile
 path = Path(sys.argv[1])
 with path.open("wb") as file:  # 400 MiB of zeros, which take no place on the disk
     npy.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (1600, 256, 256)})

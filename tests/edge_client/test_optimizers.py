@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.optimizers import make_optimizer
-from lamina.plan import SGD, AdamW
+from edge_client.train.optimizers import make_optimizer
+from lamina.plans.plan import SGD, AdamW
 
 SETTINGS = [
     SGD(),

@@ -9,15 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_client.data import LocalData, limits_of
 from edge_client.engines import load_engine
-from edge_client.heartbeat import Lease
 from edge_client.job import Job
-from edge_client.prepare import prepare_job
-from edge_client.trainer import features
-from lamina.depth import drawn_prefix
+from edge_client.rows.local_data import LocalData, limits_of
+from edge_client.talk.prepare import prepare_job
+from edge_client.train.heartbeat import Lease
+from edge_client.train.trainer import features
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import DataError, EngineError, ProtocolError
-from lamina.model import (
+from lamina.plans.depth import drawn_prefix
+from lamina.plans.model import (
     Contrastive,
     Encoder,
     ModelDescription,
@@ -27,9 +28,8 @@ from lamina.model import (
     Supervised,
     TextTokens,
 )
-from lamina.plan import Augmentation, Calibration, DepthDropout, FeatureStore, Plan, Training
-from lamina.strategies import make_stages
-from lamina.tensors import hash_bytes
+from lamina.plans.plan import Augmentation, Calibration, DepthDropout, FeatureStore, Plan, Training
+from lamina.plans.strategies import make_stages
 from lamina.wire import Assignment, CheckIn
 from tests.edge_client.fake_manifest import Fetched, blob, fake_manifest
 from tests.edge_client.tiny import initial_weights, make_data, make_job, run_segments

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.references import PIECE, Copy
+from edge_client.train.references import PIECE, Copy
 from lamina.errors import EngineError
 from tests.edge_client.quadratic import COUNTS, NAMES, SHAPES, STARTS, Numbers, flat, segment_files, start, weights
 

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.heartbeat import Lease
-from edge_client.optimizers import make_optimizer
-from edge_client.train import batches, epoch_inputs, fresh_optimizer, train_round
-from edge_client.trainer import work
+from edge_client.train.epochs import batches, epoch_inputs, fresh_optimizer, train_round
+from edge_client.train.heartbeat import Lease
+from edge_client.train.optimizers import make_optimizer
+from edge_client.train.trainer import work
 from lamina.errors import DataError, DiskFullError
 from lamina.names import second_view
-from lamina.plan import SGD, AdamW
+from lamina.plans.plan import SGD, AdamW
 from tests.edge_client.quadratic import COUNTS, SEGMENTS, Numbers, flat, job, start, weights
 from tests.edge_client.test_optimizers import SETTINGS
 from tests.edge_client.tiny import make_job
@@ -181,7 +181,7 @@ def test_a_process_that_dies_while_it_writes_its_state_changes_nothing(tmp_path,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("edge_client.kept.move_durably", full)
+        patched.setattr("edge_client.train.kept.move_durably", full)
         with pytest.raises(DiskFullError):
             do_round(tmp_path, replace(made, round=1), OWN)
     assert kept_files(tmp_path) == before

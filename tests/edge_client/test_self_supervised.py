@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_client.data import LocalData
 from edge_client.engines import load_engine
-from edge_client.heartbeat import Lease
-from edge_client.outcome import UPDATE
-from edge_client.prepare import prepare_job
-from edge_client.supervisor import OUTCOME
-from edge_client.trainer import do_job, features, stage_model, work
-from export.bundle import export_bundle
-from lamina.bundle import blob_path
-from lamina.model import Encoder, ModelDescription, Projection, SelfSupervised, SensorWindows
-from lamina.plan import SGD, Augmentation, FeatureStore, Plan, Training
-from lamina.strategies import make_stages
-from lamina.tensors import decode_file, hash_bytes
+from edge_client.process.outcome import UPDATE
+from edge_client.process.supervisor import OUTCOME
+from edge_client.rows.local_data import LocalData
+from edge_client.talk.prepare import prepare_job
+from edge_client.train.heartbeat import Lease
+from edge_client.train.trainer import do_job, features, stage_model, work
+from export.build import export_bundle
+from lamina.bundles.bundle import blob_path
+from lamina.encoding.tensors import decode_file, hash_bytes
+from lamina.plans.model import Encoder, ModelDescription, Projection, SelfSupervised, SensorWindows
+from lamina.plans.plan import SGD, Augmentation, FeatureStore, Plan, Training
+from lamina.plans.strategies import make_stages
 from lamina.wire import Assignment, CheckIn
 
 OBJECTIVES = {

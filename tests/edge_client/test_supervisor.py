@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from edge_client import supervisor
+from edge_client.process import supervisor
 from tests.edge_client.fake_coordinator import ENROLMENT_TOKEN, FakeCoordinator
 
 SUPERVISOR = Path(supervisor.__file__)
@@ -192,7 +192,7 @@ def test_children_do_not_outlive_a_killed_supervisor(start, served, tmp_path):
     assert not Path(f"/proc/{children[0]}").exists()
 
 
-@pytest.mark.parametrize("module", ["edge_client.device", "edge_client.trainer"])
+@pytest.mark.parametrize("module", ["edge_client.talk.device", "edge_client.train.trainer"])
 def test_a_child_whose_parent_ended_before_it_looked_ends_as_well(module):
     environment = {**os.environ, "LAMINA_PARENT": "1"}
     done = subprocess.run([sys.executable, "-m", module, "{}"], env=environment, stderr=subprocess.PIPE, timeout=60)

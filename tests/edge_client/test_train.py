@@ -3,15 +3,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_client.data import LocalData
 from edge_client.engines import load_engine
-from edge_client.heartbeat import Lease
 from edge_client.job import Heartbeat
 from edge_client.progress import Progress
-from edge_client.stage_model import StageModel
-from edge_client.train import batches, evaluate, reader, shuffled, shuffler, train_round
+from edge_client.rows.local_data import LocalData
+from edge_client.train.epochs import batches, evaluate, reader, shuffled, shuffler, train_round
+from edge_client.train.heartbeat import Lease
+from edge_client.train.stage_model import StageModel
+from lamina.encoding.tensors import encode
 from lamina.errors import DataError, NonFiniteError, RoundClosedError
-from lamina.tensors import encode
 from tests.edge_client.tiny import initial_weights, make_job, segment_file
 
 

@@ -11,9 +11,10 @@ from typing import ClassVar
 import httpx
 import pytest
 
-from edge_client.blobs import BlobCache
-from edge_client.transport import Transport
-from lamina.compression import compress
+from edge_client.talk.blobs import BlobCache
+from edge_client.talk.transport import Transport
+from lamina.encoding.compression import compress
+from lamina.encoding.tensors import hash_bytes
 from lamina.errors import (
     ConfigError,
     DiskFullError,
@@ -24,7 +25,6 @@ from lamina.errors import (
     UnknownNameError,
     UnreachableError,
 )
-from lamina.tensors import hash_bytes
 from lamina.wire import Accepted, CheckIn, Evaluation, TrainReport, Wait
 from tests.edge_client.fake_coordinator import answer, problem
 
@@ -385,7 +385,7 @@ def test_a_disk_that_fills_while_decompressing_is_named_and_the_download_goes_on
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("edge_client.blobs.decompress_file", no_space)
+        patch.setattr("edge_client.talk.blobs.decompress_file", no_space)
         with pytest.raises(DiskFullError):
             cache(server).get(DIGEST, len(BLOB), server.packed, "zstd")
     assert cache(server).get(DIGEST, len(BLOB), server.packed, "zstd").read_bytes() == BLOB

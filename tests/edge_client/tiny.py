@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from edge_client.job import Job, ProgramFile, Rows, SegmentFile, Tensor
-from edge_client.rows import RowFile
-from lamina.manifest import LABEL, Manifest, Program, StageCost, StagePrograms
-from lamina.model import Encoder, ModelDescription, Projection, SensorWindows, Supervised
-from lamina.plan import SGD, Cohort, Plan, Training
-from lamina.segments import Segment, TensorSpec
-from lamina.strategies import make_stages
-from lamina.tensors import encode, hash_bytes
+from edge_client.rows.row_files import RowFile
+from lamina.bundles.manifest import LABEL, Manifest, Program, StageCost, StagePrograms
+from lamina.encoding.tensors import encode, hash_bytes
+from lamina.plans.model import Encoder, ModelDescription, Projection, SensorWindows, Supervised
+from lamina.plans.plan import SGD, Cohort, Plan, Training
+from lamina.plans.segments import Segment, TensorSpec
+from lamina.plans.strategies import make_stages
 
 CHANNELS, SAMPLES, PATCH, TOKENS, WIDTH, CLASSES, MAX_BATCH, LAYERS = 2, 8, 4, 2, 4, 3, 8, 3
 SHAPES = {"stem": (WIDTH, 8), "layer": (WIDTH, WIDTH), "norm": (WIDTH,), "projection": (3, WIDTH), "head": (CLASSES, 3)}
@@ -255,7 +255,7 @@ def make_data(path: Path, train: int = 21, test: int = 10, seed: int = 0) -> Pat
 
 
 def export_program(engine: str, role: str, segments: list[str]) -> bytes:
-    """One program file as `lamina.manifest` defines it: a pure function (weights..., inputs...)."""
+    """One program file as `lamina.bundles.manifest` defines it: a pure function (weights..., inputs...)."""
     import io
 
     import torch
@@ -263,7 +263,7 @@ def export_program(engine: str, role: str, segments: list[str]) -> bytes:
     from torch.export.experimental import _export_forward_backward
     from torch.fx.experimental import _config as symbolic_shapes
 
-    from export.lean_compilers import lean_onnx, lean_torch, lean_xnnpack
+    from export.ops.lean_compilers import lean_onnx, lean_torch, lean_xnnpack
 
     specs = [spec for name in segments for spec in make_segment(name).tensors]
     values = [torch.randn(spec.shape) for spec in specs]

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lamina.bundles.manifest import ENGINES as ALL_ENGINES
+from lamina.bundles.manifest import EngineName, Manifest
 from lamina.client import Client, read_token
-from lamina.manifest import ENGINES as ALL_ENGINES
-from lamina.manifest import EngineName, Manifest
-from lamina.plan import SGD, Cohort, Plan, Training
-from lamina.strategies import make_stages
+from lamina.plans.plan import SGD, Cohort, Plan, Training
+from lamina.plans.strategies import make_stages
 from lamina.wire import RunStatus
 from tests.small_plans import MAX_BATCH, SUPERVISED, make_plan, shared_bundle
 

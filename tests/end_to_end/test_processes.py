@@ -9,9 +9,9 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from lamina.bundle import hash_file
+from lamina.bundles.bundle import hash_file
+from lamina.bundles.manifest import Manifest
 from lamina.cli.main import app
-from lamina.manifest import Manifest
 from lamina.wire import RunStatus
 from tests.end_to_end.conftest import ENGINES, House
 
@@ -131,7 +131,7 @@ def _trainers(state: Path) -> list[int]:
         if entry.name.isdecimal():
             with suppress(OSError):
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if b"edge_client.trainer" in words and str(state / "work").encode() in words:
+                if b"edge_client.train.trainer" in words and str(state / "work").encode() in words:
                     found.append(int(entry.name))
     return found
 

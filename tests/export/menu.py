@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
-from lamina.model import Values
+from lamina.plans.model import Values
 
 TOKENS, WIDTH = 4, 8
 Call = Callable[[Any, Tensor], Any]

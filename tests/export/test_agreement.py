@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from export.bundle import export_bundle
-from export.doctor import examine
-from export.recipe import resolve
+from export.build import export_bundle
+from export.faults.survey import examine
+from export.plans.resolve import resolve
 from lamina.errors import LaminaError
 from lamina.names import EngineName
 from tests.export.menu import MENU, STEMS

@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from export.assemble import assemble, attached_model
-from export.cut import describe_segment
-from export.models import build_model
-from lamina.bundle import hash_file
+from export.graphs.cut import describe_segment
+from export.models.models import build_model
+from lamina.bundles.bundle import hash_file
+from lamina.bundles.manifest import Manifest
 from lamina.cli.main import app
+from lamina.encoding.tensors import encode
 from lamina.errors import ConfigError, ParityError, TensorFileError
-from lamina.manifest import Manifest
-from lamina.model import Contrastive, ImagePatches, ModelDescription, TextTokens
-from lamina.plan import Plan
-from lamina.tensors import encode
+from lamina.plans.model import Contrastive, ImagePatches, ModelDescription, TextTokens
+from lamina.plans.plan import Plan
 from tests.export.tiny import AUDIO, CLASSES, LAYERS, ONE, TWO, describe, one_stage, plan_of
 
 SHALLOW = describe(*(encoder.model_copy(update={"layers": 1}) for encoder in TWO.encoders))

@@ -7,15 +7,15 @@ import onnx
 import pytest
 import torch
 
-from export.bundle import export_bundle
-from export.cache import ProgramCache
-from export.parity import check_parity
-from export.trace import forward_graph
-from export.worker import LoweredProgram, lower, lowering_pool
-from lamina.bundle import BLOBS, MANIFEST, blob_path, read_bundle
+from export.build import export_bundle
+from export.graphs.trace import forward_graph
+from export.lowering.cache import ProgramCache
+from export.lowering.parity import check_parity
+from export.lowering.worker import LoweredProgram, lower, lowering_pool
+from lamina.bundles.bundle import BLOBS, MANIFEST, blob_path, read_bundle
+from lamina.encoding.tensors import decode_file
 from lamina.errors import BundleError, ConfigError, CutError, ExportError, HashMismatchError, ParityError
-from lamina.segments import TensorSpec
-from lamina.tensors import decode_file
+from lamina.plans.segments import TensorSpec
 from tests.export.tiny import AUDIO, MOTION, ONE, TOKENS, WIDTH, describe, export_tiny, model_of, one_stage, plan_of
 
 # Three stages, of which the last two are equal; one modality's layers show that, and less is to be lowered.
@@ -101,7 +101,7 @@ def test_a_second_export_takes_all_programs_from_the_cache_and_is_identical(tmp_
     def refuse(*_):
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr("export.worker._Process", refuse)
+    monkeypatch.setattr("export.lowering.worker._Process", refuse)
     folder, _ = exported
     export_tiny(tmp_path / "again", cache, ENGINES, plan=plan_of(DEEP))
     assert (tmp_path / "again" / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()

@@ -7,17 +7,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from export.adapters.cnn import adapt_cnn
-from export.adapters.common import run_trunk
-from export.bundle import export_bundle
-from export.convolutions import convolution, convolution_backward, max_pool_backward
-from export.cut import cut_stage, find_pools, find_segments
-from export.decompositions import LEAN, constant_pad
-from export.parity import check_parity
-from export.recipe import resolve
-from export.rewrites import fold_batch_norm
-from export.trace import forward_graph
-from export.worker import lower
+from export.build import export_bundle
+from export.graphs.cut import cut_stage, find_pools, find_segments
+from export.graphs.trace import forward_graph
+from export.lowering.parity import check_parity
+from export.lowering.worker import lower
+from export.models.adapters.cnn import adapt_cnn
+from export.models.adapters.common import run_trunk
+from export.ops.convolutions import convolution, convolution_backward, max_pool_backward
+from export.ops.decompositions import LEAN, constant_pad
+from export.ops.rewrites import fold_batch_norm
+from export.plans.resolve import resolve
 from lamina.errors import ConfigError, CutError
 from tests.export.adapters.timm_beside_cpu_torch import import_timm
 from tests.export.training_blocks import ENGINES, check_trains

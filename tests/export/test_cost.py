@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from export.cost import peak_live_bytes, planned_bytes
-from export.trace import forward_graph
-from lamina.plan import SGD, AdamW
-from lamina.tensors import encode
+from export.cost.counts import peak_live_bytes, planned_bytes
+from export.graphs.trace import forward_graph
+from lamina.encoding.tensors import encode
+from lamina.plans.plan import SGD, AdamW
 from tests.export.tiny import (
     BATCH,
     CLASSES,

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from export.cut import cut_stage, find_pools, find_segments, locate_pools, locate_segments, run_segment
+from export.graphs.cut import cut_stage, find_pools, find_segments, locate_pools, locate_segments, run_segment
+from export.graphs.trace import forward_graph
 from export.inputs import example_inputs
-from export.trace import forward_graph
 from lamina.errors import CutError
-from lamina.model import Contrastive, ModelDescription, TextTokens
-from lamina.segments import segment_names
+from lamina.plans.model import Contrastive, ModelDescription, TextTokens
+from lamina.plans.segments import segment_names
 from tests.export.tiny import AUDIO, LAYERS, ONE, TOKENS, TWO, WIDTH, Doubling, describe, model_of, plan_of
 
 

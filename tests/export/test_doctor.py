@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from export.doctor import Finding, examine
-from export.models import Layer
-from export.recipe import resolve
+from export.faults.survey import Finding, examine
+from export.models.models import Layer
+from export.plans.resolve import resolve
 from export.trunk import MeanTokens, Trunk
 from lamina.cli.main import app
 from lamina.errors import CutError
-from lamina.model import TextTokens, Values
 from lamina.names import ENGINES
-from lamina.plan import Plan, Stage
+from lamina.plans.model import TextTokens, Values
+from lamina.plans.plan import Plan, Stage
 from tests.export.tiny import AUDIO, LAYERS, MOTION, ONE, TOKENS, TWO, WIDTH, Doubling, describe, model_of, plan_of
 
 Step = tuple[str, int, int]

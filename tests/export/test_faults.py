@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from export.bundle import export_bundle
-from export.factory import call_factory
-from export.models import build_model
-from export.recipe import resolve
-from export.report import plan_costs
+from export.build import export_bundle
+from export.cost.estimate import plan_costs
+from export.models.factory import call_factory
+from export.models.models import build_model
+from export.plans.resolve import resolve
+from lamina.encoding.tensors import decode_file
 from lamina.errors import ConfigError, CutError, ExportError
-from lamina.model import Values
-from lamina.tensors import decode_file
+from lamina.plans.model import Values
 from tests.export.menu import MENU, TOKENS, WIDTH, Model, Padded
 from tests.export.test_agreement import doctors_words, exporters_words, write_plan
 

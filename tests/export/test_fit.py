@@ -1,14 +1,15 @@
-"""Choosing settings for a budget, on predictions alone; that predictions are near is measured in `benchmarks.fit`."""
+"""Choosing settings for a budget, on predictions alone; that predictions are near is measured in
+`benchmarks.fit_predictions`."""
 
 import pytest
 
-from export import fit
-from export.fit import Base, fits
-from export.needs import MIB, StageNeeds, stage_needs
+from export.fit import fit
+from export.fit.fit import Base, fits
+from export.fit.needs import MIB, StageNeeds, stage_needs
 from lamina.errors import ConfigError
-from lamina.model import AudioFrames, Encoder, ModelDescription, Projection, Supervised
-from lamina.plan import FeatureStore, Plan, Training
-from lamina.strategies import make_stages
+from lamina.plans.model import AudioFrames, Encoder, ModelDescription, Projection, Supervised
+from lamina.plans.plan import FeatureStore, Plan, Training
+from lamina.plans.strategies import make_stages
 from tests.small_plans import PAIR, make_plan
 
 BASE = Base(supervisor_bytes=9 * MIB, talk_bytes=40 * MIB, train_bytes=30 * MIB)

@@ -6,20 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from export.adapters import adapt
 from export.assemble import assemble, load_weights
-from export.bundle import export_bundle
-from export.cut import find_segments
-from export.fit import Base, fits
-from export.models import build_model
-from export.needs import stage_needs
-from export.parameters import frozen, trained
-from export.recipe import resolve
-from export.report import plan_costs
-from lamina.bundle import blob_path
+from export.build import export_bundle
+from export.cost.estimate import plan_costs
+from export.fit.fit import Base, fits
+from export.fit.needs import stage_needs
+from export.graphs.cut import find_segments
+from export.models.adapters import adapt
+from export.models.models import build_model
+from export.models.parameters import frozen, trained
+from export.plans.resolve import resolve
+from lamina.bundles.bundle import blob_path
+from lamina.bundles.manifest import Manifest
+from lamina.encoding.tensors import decode_file
 from lamina.errors import ConfigError, CutError
-from lamina.manifest import Manifest
-from lamina.tensors import decode_file
 from tests.export import user_models
 from tests.export.tiny import export_tiny
 
@@ -219,7 +219,7 @@ def test_a_batch_norm_that_the_user_froze_stays_frozen_when_it_is_folded():
             self.conv, self.norm = nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)
             self.requires_grad_(flag)
 
-    from export.rewrites import fold_batch_norm
+    from export.ops.rewrites import fold_batch_norm
 
     for flag in (True, False):
         folded, _ = fold_batch_norm(Layer(flag))

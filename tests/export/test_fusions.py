@@ -5,9 +5,9 @@ from typing import get_args
 import pytest
 import torch
 
-from export.fusions import classify, make_head
-from export.models import build_model
-from lamina.model import Fusion, Supervised
+from export.models.models import build_model
+from export.objectives.fusions import classify, make_head
+from lamina.plans.model import Fusion, Supervised
 from tests.export.tiny import OUTPUT, TWO
 
 FUSIONS = get_args(Fusion)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from export.cut import cut_stage, find_segments
-from export.decompositions import LEAN
+from export.graphs.cut import cut_stage, find_segments
+from export.graphs.joint import joint_graph
+from export.graphs.trace import forward_graph, graph_text
 from export.inputs import example_inputs
-from export.joint import joint_graph
-from export.lower_torch import lower_torch
-from export.parity import check_parity
-from export.trace import forward_graph, graph_text
-from export.worker import lower
+from export.lowering.lower_torch import lower_torch
+from export.lowering.parity import check_parity
+from export.lowering.worker import lower
+from export.ops.decompositions import LEAN
 from lamina.errors import CutError
 from tests.export.tiny import LAYERS, ONE, TOKENS, TWO, WIDTH, model_of, plan_of
 from tests.export.training_blocks import check_trains

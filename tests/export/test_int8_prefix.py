@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from export.cost import peak_live_bytes
-from export.frozen import frozen_graph, restore, take
+from export.cost.counts import peak_live_bytes
+from export.graphs.frozen import frozen_graph, restore, take
 from export.inputs import example_inputs, raw_input
-from export.prefix_errors import ROWS, frozen_chains, measure_prefix, read_sample
+from export.lowering.prefix_errors import ROWS, frozen_chains, measure_prefix, read_sample
+from lamina.encoding.quantize import dequantize_rows, quantize_rows
 from lamina.errors import DataError
-from lamina.model import TextTokens
-from lamina.quantize import dequantize_rows, quantize_rows
+from lamina.plans.model import TextTokens
 from tests.export.tiny import (
     AUDIO,
     BATCH,
@@ -127,7 +127,7 @@ def test_random_inputs_stand_in_for_a_sample_and_the_bundle_stays_the_same(tmp_p
 
 
 def test_an_engine_that_cannot_run_here_reports_no_error(monkeypatch):
-    monkeypatch.setattr("export.prefix_errors.is_installed", lambda engine: False)
+    monkeypatch.setattr("export.lowering.prefix_errors.is_installed", lambda engine: False)
     assert measure_prefix(PLAN, {}, "torch", {}, {}) == {}
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from export import lean_compilers, lower_executorch, lower_onnx
-from export.lean_compilers import lean_onnx, lean_torch, lean_xnnpack
-from export.trace import forward_graph
+from export.graphs.trace import forward_graph
+from export.lowering import lower_executorch, lower_onnx
+from export.ops import lean_compilers
+from export.ops.lean_compilers import lean_onnx, lean_torch, lean_xnnpack
 
 
 class Mixed(nn.Module):
@@ -70,7 +71,7 @@ def operations(data: bytes) -> list[object]:
 
 
 def test_tracing_gives_the_same_graph_without_stacks(monkeypatch):
-    from export import trace
+    from export.graphs import trace
 
     lean = graph_of(Mixed(), 4, 6)
     monkeypatch.setattr(trace, "lean_torch", nullcontext)

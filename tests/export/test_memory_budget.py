@@ -10,12 +10,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from lamina.bundle import read_bundle
+from lamina.bundles.bundle import read_bundle
 from lamina.cli.main import app
 from lamina.errors import ConfigError
-from lamina.model import AudioFrames, Encoder, ModelDescription, Projection, Supervised
-from lamina.plan import Plan, Training
-from lamina.strategies import make_stages
+from lamina.plans.model import AudioFrames, Encoder, ModelDescription, Projection, Supervised
+from lamina.plans.plan import Plan, Training
+from lamina.plans.strategies import make_stages
 
 BATCH = 16
 # One layer is one stage, quick to lower; long inputs, because a sample must take more than what processes vary by.

@@ -6,23 +6,23 @@ import pytest
 import torch
 
 from export.assemble import _Network, output_names
-from export.bundle import export_bundle
-from export.cost import TRAINING_FACTOR, embedding_bytes, forward_macs, held_values
-from export.cut import cut_stage, find_segments
-from export.doctor import examine
-from export.fit import Base, fits
+from export.build import export_bundle
+from export.cost.counts import TRAINING_FACTOR, embedding_bytes, forward_macs, held_values
+from export.cost.estimate import plan_costs, plan_examples
+from export.faults.survey import examine
+from export.fit.fit import Base, fits
+from export.graphs.cut import cut_stage, find_segments
+from export.graphs.stage_module import Terms
 from export.inputs import example_inputs, raw_input
-from export.models import build_model, zero_late_layers
-from export.notes import notes_of
+from export.models.models import build_model, zero_late_layers
+from export.plans.notes import notes_of
 from export.programs import stage_terms
-from export.report import plan_costs, plan_examples
-from export.stage_module import Terms
+from lamina.bundles.manifest import LABEL, Manifest, second_view
+from lamina.encoding.tensors import encode, hash_bytes
 from lamina.errors import ConfigError, CutError
-from lamina.manifest import LABEL, Manifest, second_view
-from lamina.model import ModelDescription, SelfSupervised, Supervised
-from lamina.plan import Augmentation, Calibration, FeatureStore, Plan, Stage, Training
-from lamina.strategies import make_stages
-from lamina.tensors import encode, hash_bytes
+from lamina.plans.model import ModelDescription, SelfSupervised, Supervised
+from lamina.plans.plan import Augmentation, Calibration, FeatureStore, Plan, Stage, Training
+from lamina.plans.strategies import make_stages
 from tests.export.tiny import AUDIO, BATCH, CLASSES, HIDDEN, MOTION, OUTPUT, SHALLOW, describe
 from tests.export.user_models import Block
 

@@ -2,12 +2,12 @@
 
 import pytest
 
-from export.cost import planned_bytes
-from export.cut import find_segments
-from export.trace import example_batch, forward_graph
+from export.cost.counts import planned_bytes
+from export.graphs.cut import find_segments
+from export.graphs.trace import example_batch, forward_graph
+from lamina.bundles.manifest import gradient_input
 from lamina.errors import CutError
-from lamina.manifest import gradient_input
-from lamina.segments import TensorSpec
+from lamina.plans.segments import TensorSpec
 from tests.export.tiny import (
     BATCH,
     COEFFICIENTS,

@@ -5,10 +5,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from lamina.bundle import bundle_digest
+from lamina.bundles.bundle import bundle_digest
+from lamina.bundles.manifest import ENGINES
 from lamina.cli.main import app
-from lamina.manifest import ENGINES
-from lamina.overview import overview, plan_picture
+from lamina.figures.overview import overview, plan_picture
 from tests.small_plans import CONTRASTIVE, SUPERVISED, make_plan, shared_bundle
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.models import build_model
+from export.models.models import build_model
 from tests.small_plans import SENSORS, make_plan, shared_bundle
 
 PLAN = make_plan(SENSORS)

@@ -4,15 +4,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from export.bundle import export_bundle
-from export.recipe import is_factory, resolve
+from export.build import export_bundle
+from export.plans.resolve import is_factory, resolve
+from lamina.bundles.keys import VARIABLE, own_key, trust_key
+from lamina.bundles.signing import key_text
 from lamina.cli.main import app
 from lamina.errors import ConfigError, CutError, ExportError, TensorFileError
-from lamina.keys import VARIABLE, own_key, trust_key
-from lamina.plan import Plan
-from lamina.recipe import read_recipe
-from lamina.signing import key_text
-from lamina.strategies import make_stages
+from lamina.plans.plan import Plan
+from lamina.plans.recipe import read_recipe
+from lamina.plans.strategies import make_stages
 from tests.small_plans import SENSORS, make_plan
 
 HERE = "tests.export.user_models"

@@ -12,16 +12,16 @@ from torch import nn
 from typer import Typer
 from typer.testing import CliRunner
 
-from export.cost import count_forward
-from export.models import Layer, build_model
-from export.report import cost_report, plan_costs, plan_examples
+from export.cost.counts import count_forward
+from export.cost.estimate import cost_report, plan_costs, plan_examples
+from export.models.models import Layer, build_model
 from lamina.cli.cost import cost
-from lamina.costs import Accounting, CostReport, file_bytes
+from lamina.encoding.tensors import ENCODINGS, encode
 from lamina.errors import ConfigError, CutError
-from lamina.plan import Stage
-from lamina.segments import TensorSpec
-from lamina.strategies import make_stages
-from lamina.tensors import ENCODINGS, encode
+from lamina.figures.cost_report import Accounting, CostReport, file_bytes
+from lamina.plans.plan import Stage
+from lamina.plans.segments import TensorSpec
+from lamina.plans.strategies import make_stages
 from tests.export.tiny import AUDIO, LAYERS, ONE, PAIR, TWO, export_tiny, model_of, plan_of
 
 CLI = Typer()

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from export.rewrites import ChannelAffine, fold_batch_norm, plain_operations, prove_rewrites, untie
-from export.rewrites.proof import Proofs
-from export.supported import remedy, unsupported
+from export.faults.supported import remedy, unsupported
+from export.ops.rewrites import ChannelAffine, fold_batch_norm, plain_operations, prove_rewrites, untie
+from export.ops.rewrites.proof import Proofs
 from lamina.errors import CutError, ParityError
 from tests.export.training_blocks import ENGINES, check_trains, joint_of
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from export.bundle import export_bundle
-from export.models import MultimodalModel, build_model
-from lamina.manifest import EngineName, Manifest
-from lamina.model import AudioFrames, Contrastive, Encoder, ModelDescription, Projection, SensorWindows, Supervised
-from lamina.plan import Plan, Training
-from lamina.strategies import make_stages
+from export.build import export_bundle
+from export.models.models import MultimodalModel, build_model
+from lamina.bundles.manifest import EngineName, Manifest
+from lamina.plans.model import AudioFrames, Contrastive, Encoder, ModelDescription, Projection, SensorWindows, Supervised
+from lamina.plans.plan import Plan, Training
+from lamina.plans.strategies import make_stages
 
 WIDTH, HEADS, TOKENS, LAYERS, CLASSES, HIDDEN, OUTPUT, COEFFICIENTS, BATCH = 16, 2, 4, 3, 3, 8, 6, 5, 4
 SIZES = {"width": WIDTH, "heads": HEADS, "layers": LAYERS}

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from export.joint import joint_graph
-from export.parity import check_parity
-from export.rewrites import plain_operations
-from export.runtimes import is_installed
-from export.trace import forward_graph
-from export.worker import lower
+from export.graphs.joint import joint_graph
+from export.graphs.trace import forward_graph
+from export.lowering.parity import check_parity
+from export.lowering.runtimes import is_installed
+from export.lowering.worker import lower
+from export.ops.rewrites import plain_operations
 
 CLASSES, MAX_BATCH = 3, 4
 ENGINES = [

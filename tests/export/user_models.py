@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lamina.model import Image, TextTokens, Values
+from lamina.plans.model import Image, TextTokens, Values
 
 
 class Block(nn.Module):
@@ -165,7 +165,7 @@ not_a_function = 7
 def small_resnet() -> nn.Module:
     from timm.models.resnet import BasicBlock, ResNet
 
-    from export.adapters import adapt
+    from export.models.adapters import adapt
 
     return adapt(ResNet(BasicBlock, [1, 1, 1, 1], channels=(4, 6, 8, 8), stem_width=4, num_classes=3), size=32)
 

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "coordinator"))
 
 from coordinator_harness import REPORT, Device, Process, make_bundle, work_until_finished
 
-from lamina.keys import VARIABLE, own_key
-from lamina.plan import Cohort
+from lamina.bundles.keys import VARIABLE, own_key
+from lamina.plans.plan import Cohort
 from tests.fuzz.mutations import HOSTILE_TEXT, damaged, mutated
 
 _ANSWER_SECONDS = 20.0

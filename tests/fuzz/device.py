@@ -24,12 +24,12 @@ from tempfile import TemporaryDirectory
 import httpx
 import numpy as np
 
-from edge_client.device import Device, Options
-from edge_client.outcome import JOB, UPDATE, write_outcome
-from edge_client.transport import Transport
+from edge_client.process.outcome import JOB, UPDATE, write_outcome
+from edge_client.talk.device import Device, Options
+from edge_client.talk.transport import Transport
+from lamina.bundles.keys import VARIABLE, own_key
+from lamina.encoding.tensors import encode, hash_bytes
 from lamina.errors import LaminaError
-from lamina.keys import VARIABLE, own_key
-from lamina.tensors import encode, hash_bytes
 from tests.edge_client.fake_coordinator import ENROLMENT_TOKEN, FakeCoordinator
 from tests.edge_client.tiny import TinyPrograms, make_data
 from tests.fuzz.mutations import HOSTILE_TEXT, damaged, mutated

@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
-from lamina import manifest, plan, split, split_manifest, split_wire, wire
+from lamina import wire
 from lamina.bounds import MAX_COUNT, MAX_LOSS
+from lamina.bundles import manifest
 from lamina.errors import ConfigError
+from lamina.plans import plan
+from lamina.plans.segments import TensorSpec
 from lamina.record import Record
-from lamina.segments import TensorSpec
+from lamina.split import manifest as split_manifest
+from lamina.split import plan as split
+from lamina.split import wire as split_wire
 from lamina.wire import CheckIn, Enrolment, Evaluation, Problem, Refused, TrainReport, Wait
 
 ROOMS = (wire, split_wire, manifest, split_manifest, plan, split)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from edge_client.data import LocalData
+from edge_client.rows.local_data import LocalData
 from lamina.cli.main import app
+from lamina.data.card import MAX_NAMES_BYTES, DataCard, ModalityCard, classes_field, joined, numbers_field, read_card
 from lamina.data.convert import Settings
 from lamina.data.models import load_target
 from lamina.data.pack import Options, check, pack
 from lamina.data.sound import SoundSettings
-from lamina.data_card import MAX_NAMES_BYTES, DataCard, ModalityCard, classes_field, joined, numbers_field, read_card
 from lamina.errors import ConfigError, DataError
-from lamina.plan import Plan
+from lamina.plans.plan import Plan
 from tests.lamina.test_data_pack import write_plan
 from tests.lamina.trees import (
     GREY,

@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from edge_client.data import LocalData
+from edge_client.rows.local_data import LocalData
+from lamina.bundles.manifest import Manifest, StageCost, StagePrograms
 from lamina.cli.data import data as command
 from lamina.data.models import load_model
 from lamina.data.pack import Options, check, pack
 from lamina.data.writer import Writer
 from lamina.errors import ConfigError, DataError, DiskFullError
-from lamina.manifest import Manifest, StageCost, StagePrograms
-from lamina.plan import Plan
-from lamina.strategies import make_stages
+from lamina.plans.plan import Plan
+from lamina.plans.strategies import make_stages
 from tests.edge_client.tiny import MODEL, SEGMENTS, make_segment
 from tests.lamina.trees import (
     MOTION,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from edge_client.data import LocalData
+from edge_client.rows.local_data import LocalData
 from lamina.cli.main import app
 from lamina.data.pack import pack
 from tests.lamina.test_data_pack import write_plan

@@ -126,7 +126,7 @@ def test_a_recipe_of_a_module_of_ones_own_is_made_to_see_its_shapes(tmp_path, mo
         "        self.stem = nn.Linear(8, 4)\n"
         "        self.layers = nn.ModuleList([nn.Linear(4, 4)])\n"
         "        self.norm, self.input = nn.LayerNorm(4), Values(shape=(2, 8))\n"
-        "from lamina.model import Values\n"
+        "from lamina.plans.model import Values\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lamina.depth import drawn_prefix
-from lamina.plan import DepthDropout
+from lamina.plans.depth import drawn_prefix
+from lamina.plans.plan import DepthDropout
 
 CHAIN = ["m.stem", *(f"m.layers.{index}" for index in range(11))]
 

@@ -16,9 +16,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from lamina.doctor import Check, machine, packages, probes
+from lamina.doctor.diagnosis import make_report
 from lamina.doctor.engines import check_engines, check_libraries
 from lamina.doctor.probes import EngineProbe, Shim
-from lamina.doctor.report import make_report
 from lamina.doctor.requirements import evaluate, parse, this_environment
 from lamina.errors import ConfigError
 from lamina.names import ENGINES
@@ -389,7 +389,7 @@ def test_a_fault_counts_for_the_roles_it_stops() -> None:
 
 def test_the_program_cache_is_where_the_exporter_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    from export.cache import default_cache
+    from export.lowering.cache import default_cache
     from lamina.doctor.look import program_cache
 
     assert program_cache() == default_cache()

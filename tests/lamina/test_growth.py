@@ -10,10 +10,10 @@ from typing import Literal, get_args
 import pytest
 from jsonschema import Draft202012Validator
 
-from benchmarks.demo_plan import MODEL, blended, demo_plan
+from benchmarks.demo.plan import MODEL, blended, demo_plan
 from lamina import wire
-from lamina.model import ModelDescription
-from lamina.plan import Plan, StrategyName
+from lamina.plans.model import ModelDescription
+from lamina.plans.plan import Plan, StrategyName
 from lamina.record import Record
 
 OLD = Path(__file__).parents[1] / "vectors" / "2026-11-21"

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lamina.errors import ConfigError
-from lamina.recipe import read_recipe
+from lamina.plans.recipe import read_recipe
 
 FAULTY = """
 name = "x"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as Pillow
 
-from edge_client.data import LocalData
-from lamina.model import (
+from edge_client.rows.local_data import LocalData
+from lamina.plans.model import (
     AudioFrames,
     Contrastive,
     Encoder,

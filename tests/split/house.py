@@ -17,17 +17,17 @@ from coordinator.split.routes import split_routes
 from edge_client.split.runtime import EngineRuntime
 from edge_client.split.transport import SplitTransport
 from edge_client.split.user import SplitOptions, SplitUser, join_split
-from lamina.bundle import MANIFEST, blob_path, sign_bundle
+from lamina.bundles.bundle import MANIFEST, blob_path, sign_bundle
+from lamina.bundles.keys import own_key
+from lamina.bundles.manifest import EngineName
 from lamina.client import read_token
+from lamina.encoding.tensors import Float32, decode_file, encode, hash_bytes
 from lamina.files import write_durably
-from lamina.keys import own_key
-from lamina.manifest import EngineName
-from lamina.model import AudioFrames, Encoder, ImagePatches
-from lamina.split import AdapterSettings, FusionNet, SplitPlan, SplitTraining, Traffic, Users
-from lamina.split_client import SplitClient
-from lamina.split_manifest import SplitManifest
-from lamina.split_wire import SplitStatus
-from lamina.tensors import Float32, decode_file, encode, hash_bytes
+from lamina.plans.model import AudioFrames, Encoder, ImagePatches
+from lamina.split.client import SplitClient
+from lamina.split.manifest import SplitManifest
+from lamina.split.plan import AdapterSettings, FusionNet, SplitPlan, SplitTraining, Traffic, Users
+from lamina.split.wire import SplitStatus
 
 CLASSES = 4
 _SIZES = {"width": 16, "heads": 2, "layers": 3}
@@ -54,7 +54,7 @@ def make_plan(**changes: Any) -> SplitPlan:
 
 def export_once(plan: SplitPlan, engine: EngineName, folder: Path, cache: Path) -> Path:
     """The bundle of a plan; the first process that asks exports it, the others wait."""
-    from export.split import export_split
+    from export.split.split import export_split
 
     target = folder / f"split-{plan.party}-{engine}"
     folder.mkdir(parents=True, exist_ok=True)

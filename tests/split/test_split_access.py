@@ -11,13 +11,13 @@ import httpx
 import numpy as np
 import pytest
 
-from lamina.bundle import MANIFEST
+from lamina.bundles.bundle import MANIFEST
 from lamina.digests import CONTENT_DIGEST
 from lamina.errors import ConfigError
-from lamina.split import FUSION, LOGITS, task_adapter
-from lamina.split_bodies import pack, unpack
-from lamina.split_manifest import SplitManifest
-from lamina.split_wire import SplitCheckIn, SplitReport, features_down, features_up, gradients_up
+from lamina.split.bodies import pack, unpack
+from lamina.split.manifest import SplitManifest
+from lamina.split.plan import FUSION, LOGITS, task_adapter
+from lamina.split.wire import SplitCheckIn, SplitReport, features_down, features_up, gradients_up
 from lamina.wire import REPORT_HEADER, Enrolment
 from tests.split.house import Loopback, loopback, varied
 

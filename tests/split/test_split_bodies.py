@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from lamina.errors import TensorFileError, TooLargeError
-from lamina.segments import TensorSpec
-from lamina.split_bodies import body_limit, pack, unpack
+from lamina.plans.segments import TensorSpec
+from lamina.split.bodies import body_limit, pack, unpack
 
 SPECS = [TensorSpec(name="a", shape=(2, 3, 4)), TensorSpec(name="b", shape=(6,))]
 

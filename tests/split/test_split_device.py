@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lamina.bundle import MANIFEST
-from lamina.split import FUSION, MIDDLE, task_adapter
-from lamina.split_manifest import SplitManifest
+from lamina.bundles.bundle import MANIFEST
+from lamina.split.manifest import SplitManifest
+from lamina.split.plan import FUSION, MIDDLE, task_adapter
 from tests.split.house import loopback, varied, write_data
 
 

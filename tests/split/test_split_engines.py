@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from export.split import make_parts
-from export.split_functions import split_functions
-from export.split_graphs import eager, graph
-from lamina.segments import TensorSpec
-from lamina.split_manifest import SplitProgram
-from lamina.tensors import hash_bytes
+from export.split.functions import split_functions
+from export.split.graphs import eager, graph
+from export.split.split import make_parts
+from lamina.encoding.tensors import hash_bytes
+from lamina.plans.segments import TensorSpec
+from lamina.split.manifest import SplitProgram
 from tests.split.house import make_plan
 
 IMPORTS = """
@@ -33,7 +33,7 @@ def test_executorch_runs_the_backward_program_of_an_adapter(tmp_path: Path) -> N
     """Slow: it lowers one small program."""
     pytest.importorskip("executorch")
     from edge_client.split.runtime import EngineRuntime
-    from export.lower_executorch import lower_executorch
+    from export.lowering.lower_executorch import lower_executorch
 
     plan = make_plan()
     function = next(f for f in split_functions(plan, make_parts(plan)) if f.name == "image.low_backward")

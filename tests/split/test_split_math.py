@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.split import make_parts
-from export.split_modules import HighEnd, LowPrefix
-from lamina.plan import SGD
-from lamina.segments import classifier, layer, norm, stem
-from lamina.split import FUSION, SplitPlan, modality_adapter, task_adapter
-from lamina.split_manifest import SplitManifest
-from lamina.tensors import decode_file
+from export.split.modules import HighEnd, LowPrefix
+from export.split.split import make_parts
+from lamina.encoding.tensors import decode_file
+from lamina.plans.plan import SGD
+from lamina.plans.segments import classifier, layer, norm, stem
+from lamina.split.manifest import SplitManifest
+from lamina.split.plan import FUSION, SplitPlan, modality_adapter, task_adapter
 from tests.split.house import loopback, varied, write_data
 
 RATE, FUSION_RATE = 0.05, 0.02

@@ -5,12 +5,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from export.split import make_parts
-from export.split_functions import split_functions
-from export.split_graphs import eager, graph
-from export.split_modules import Adapter, LowPrefix, transfer_loss
-from lamina.segments import layer, stem
-from lamina.split import AdapterSettings, FusionNet, Transfer
+from export.split.functions import split_functions
+from export.split.graphs import eager, graph
+from export.split.modules import Adapter, LowPrefix, transfer_loss
+from export.split.split import make_parts
+from lamina.plans.segments import layer, stem
+from lamina.split.plan import AdapterSettings, FusionNet, Transfer
 from tests.split.house import CLASSES, make_plan
 
 

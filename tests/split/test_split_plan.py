@@ -6,9 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from lamina.errors import ConfigError
-from lamina.split import SplitPlan
-from lamina.split_manifest import program_names
-from lamina.split_wire import features_down, gradients_up
+from lamina.split.manifest import program_names
+from lamina.split.plan import SplitPlan
+from lamina.split.wire import features_down, gradients_up
 from tests.split.house import ENCODERS, make_plan
 
 PLAN_FILE = Path(__file__).parents[2] / "benchmarks" / "plans" / "split" / "m2fedsa.toml"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from coordinator.split.aggregate import mean_over_users, share_middle
 from coordinator.split.switch import is_steady
-from lamina.split import Switch
+from lamina.split.plan import Switch
 
 FULL = Switch(window=10, threshold=0.3)
 

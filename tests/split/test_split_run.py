@@ -8,11 +8,11 @@ import pytest
 from coordinator.split.state import SplitState
 from edge_client.split.transport import SplitTransport
 from edge_client.split.user import SplitOptions, SplitUser
-from lamina.bundle import MANIFEST
+from lamina.bundles.bundle import MANIFEST
 from lamina.errors import UnknownNameError
-from lamina.split import FUSION, MIDDLE, Traffic, modality_adapter, task_adapter
-from lamina.split_manifest import SplitManifest
-from lamina.split_wire import SplitStatus
+from lamina.split.manifest import SplitManifest
+from lamina.split.plan import FUSION, MIDDLE, Traffic, modality_adapter, task_adapter
+from lamina.split.wire import SplitStatus
 from tests.split.house import loopback, varied, write_data
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from edge_client.engines import load_engine
-from lamina.bundle import MANIFEST, blob_path
+from lamina.bundles.bundle import MANIFEST, blob_path
 from lamina.errors import ProtocolError
-from lamina.segments import classifier
-from lamina.split import FUSION, LOGITS, MIDDLE, modality_adapter, task_adapter
-from lamina.split_manifest import SplitManifest
-from lamina.split_wire import SplitStatus, features_down, features_up, gradients_up
+from lamina.plans.segments import classifier
+from lamina.split.manifest import SplitManifest
+from lamina.split.plan import FUSION, LOGITS, MIDDLE, modality_adapter, task_adapter
+from lamina.split.wire import SplitStatus, features_down, features_up, gradients_up
 from tests.split.house import CLASSES, Loopback, loopback, make_plan, varied, write_data
 
 ALL, EYE, EAR = ("image", "audio"), ("image",), ("audio",)

@@ -13,7 +13,7 @@ from lamina.data.sources.paired import PairedSource
 from lamina.data.sources.python_class import NAME, ClassSource
 from lamina.data.tables import SUFFIXES
 from lamina.errors import DataError
-from lamina.model import ModelDescription
+from lamina.plans.model import ModelDescription
 
 Kind = Literal["folder", "arrays", "class", "coco", "advance"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -16,11 +16,11 @@ from lamina.data.faults import Faults
 from lamina.data.items import Array, Item
 from lamina.data.npy_stream import NpyStream, open_npz
 from lamina.errors import DataError
-from lamina.model import ModelDescription
 from lamina.names import LABEL
+from lamina.plans.model import ModelDescription
 
 SPLITS = ("train", "test")
-_MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")  # as lamina.model.Name
+_MODALITY = re.compile(r"[a-z][a-z0-9_]{0,31}")  # as lamina.plans.model.Name
 
 
 class ArraySource:

@@ -14,7 +14,7 @@ from lamina.data.convert import IMAGES
 from lamina.data.faults import Faults
 from lamina.data.items import Item
 from lamina.errors import DataError
-from lamina.model import ModelDescription
+from lamina.plans.model import ModelDescription
 
 Caption = Literal["first", "all", "random"]
 

@@ -15,7 +15,7 @@ from lamina.data.faults import Faults
 from lamina.data.items import Item
 from lamina.data.tables import SEPARATORS, SUFFIXES, find_form, table_rows, twice
 from lamina.errors import DataError
-from lamina.model import ModelDescription
+from lamina.plans.model import ModelDescription
 
 _USUAL = ("examples.csv", "labels.csv", "metadata.csv")
 _LONGEST_PATH = 1000

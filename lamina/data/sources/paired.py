@@ -14,7 +14,7 @@ from lamina.data.convert import IMAGES
 from lamina.data.faults import Faults
 from lamina.data.items import Item
 from lamina.errors import DataError
-from lamina.model import ModelDescription
+from lamina.plans.model import ModelDescription
 
 _RECORDING = re.compile(r"(\d{5})_\d+")
 _ALIASES = {"image": ("vision", "Dataset_v3_vision"), "audio": ("sound", "Dataset_v3_sound")}

@@ -11,7 +11,7 @@ from typing import Any
 from lamina.data.faults import Faults
 from lamina.data.items import Item
 from lamina.errors import DataError
-from lamina.model import FACTORY, ModelDescription
+from lamina.plans.model import FACTORY, ModelDescription
 
 NAME = re.compile(FACTORY)
 _OTHER = ("label", "split", "group", "id")

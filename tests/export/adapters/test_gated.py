@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from export.adapters import adapt
-from export.adapters.common import run_trunk, segments_of
-from export.recipe import resolve
+from export.models.adapters import adapt
+from export.models.adapters.common import run_trunk, segments_of
+from export.plans.resolve import resolve
 from export.trunk import MeanTokens, Trunk
 from lamina.errors import CutError
-from lamina.model import Values
+from lamina.plans.model import Values
 from tests.export.adapters.small import CASES, LAYERS
 from tests.export.tiny import Doubling
 from tests.export.user_models import Block, signal

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from export.adapters import adapt
-from export.adapters.common import run_trunk, segments_of
+from export.models.adapters import adapt
+from export.models.adapters.common import run_trunk, segments_of
 from tests.export.adapters.small import CASES, LAYERS, PAD, TOKENS, Case, bert, clip, texts, wav2vec2
 from tests.export.adapters.tracing import trace
 

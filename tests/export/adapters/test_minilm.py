@@ -6,11 +6,11 @@ import torch
 from benchmarks.data import minilm
 from benchmarks.data.fetch import cache_folder
 from benchmarks.methods.data_sets import DATA_SETS
-from export.adapters import adapt
-from export.adapters.common import run_trunk
-from export.recipe import describe_trunk
-from lamina.bundle import hash_file
-from lamina.recipe import EncoderRecipe
+from export.models.adapters import adapt
+from export.models.adapters.common import run_trunk
+from export.plans.resolve import describe_trunk
+from lamina.bundles.bundle import hash_file
+from lamina.plans.recipe import EncoderRecipe
 from tests.export.adapters.timm_beside_cpu_torch import import_transformers
 
 SENTENCES = (

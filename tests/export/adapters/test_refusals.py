@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from export.adapters import adapt
-from export.adapters.common import run_trunk
+from export.models.adapters import adapt
+from export.models.adapters.common import run_trunk
 from export.trunk import MeanTokens, Trunk
 from lamina.errors import ConfigError, CutError
-from lamina.model import Image, Values
+from lamina.plans.model import Image, Values
 from tests.export.adapters.small import bert, clip, clip_tower, distilbert, timm_vit, transformers, vit, wav2vec2, whisper
 from tests.export.adapters.timm_beside_cpu_torch import import_timm
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from export.rewrites import plain_operations
-from export.trace import forward_graph, graph_text
+from export.graphs.trace import forward_graph, graph_text
+from export.ops.rewrites import plain_operations
 
 
 def trace(segment: nn.Module, x: Tensor) -> str:

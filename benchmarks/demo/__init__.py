@@ -1,0 +1,1 @@
+"""`lamina demo`: a whole federated run on this machine."""

@@ -1,0 +1,1 @@
+"""The processes of a device, and what they leave each other."""

@@ -1,0 +1,1 @@
+"""Examples and features, row by row on disk."""

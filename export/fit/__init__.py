@@ -1,0 +1,1 @@
+"""Settings with which a plan fits a device."""

@@ -1,0 +1,1 @@
+"""Modules -> graphs that take their weights as inputs."""

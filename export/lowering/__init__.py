@@ -1,0 +1,1 @@
+"""Graphs -> programs of the engines."""

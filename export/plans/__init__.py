@@ -1,0 +1,1 @@
+"""Plan files -> a plan and its model."""

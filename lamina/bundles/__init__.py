@@ -1,0 +1,1 @@
+"""What an exporter hands over, and who vouches for it."""

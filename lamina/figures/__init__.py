@@ -1,0 +1,1 @@
+"""Records of what a plan and a bundle cost."""

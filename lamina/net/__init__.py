@@ -1,0 +1,1 @@
+"""Connections to a coordinator, which is not believed."""

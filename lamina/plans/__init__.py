@@ -1,0 +1,1 @@
+"""What is decided before the first round: model, plan, stages, segments."""

@@ -1,0 +1,26 @@
+"""Federated Depth Dropout: which frozen layers a device uses in a round (methods: FLL, section 3.1)."""
+
+from collections.abc import Sequence
+from random import Random
+
+from lamina.plans.plan import DepthDropout
+
+
+def drawn_prefix(
+    chain: Sequence[str], active_layers: int, dropout: DepthDropout, seed: int, stage: int, round_number: int, device: str
+) -> list[str]:
+    """The part of a modality's frozen chain (stem, first layer, ...) that a device uses in a round, in the same order.
+
+    Stem and first layer always stay, and others are drawn uniformly without replacement, so that they are at most `budget`
+    layers together with the active ones. The draw depends on the arguments alone. With a pool, a device has that many fixed
+    draws in a stage, and the round chooses among them.
+    """
+    layers = list(chain[1:])
+    room = dropout.budget - active_layers
+    if len(layers) <= room:
+        return list(chain)
+    which: str | int = round_number
+    if dropout.pool is not None:
+        which = f"pool {Random(f'{seed}/{stage}/{round_number}/{device}/which').randrange(dropout.pool)}"
+    drawn = Random(f"{seed}/{stage}/{which}/{device}/depth").sample(range(1, len(layers)), room - 1)
+    return [chain[0], layers[0], *(layers[place] for place in sorted(drawn))]

@@ -1,0 +1,1 @@
+"""Split training: its plan, manifest and messages."""
