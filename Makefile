@@ -10,7 +10,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow test-arm64 lint format docs bench bench-engines bench-memory bench-transfers bench-reductions bench-accuracy \
-	bench-fit bench-fidelity bench-minilm bench-methods bench-split chaos clean
+	bench-fit bench-fidelity bench-minilm bench-methods chaos clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lamina demo $(ARGS)
@@ -40,7 +40,7 @@ format: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python -m lamina.cli.reference
 
-bench: bench-engines bench-memory bench-transfers bench-reductions bench-accuracy bench-fit bench-fidelity bench-minilm bench-methods bench-split
+bench: bench-engines bench-memory bench-transfers bench-reductions bench-accuracy bench-fit bench-fidelity bench-minilm bench-methods
 
 bench-engines: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.engines
@@ -75,9 +75,6 @@ bench-minilm: $(VENV)/.ready
 # Hours; it goes on where it was stopped. ARGS='--minutes 60 --workers 2'
 bench-methods: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.methods $(ARGS)
-
-bench-split: $(VENV)/.ready
-	$(BIN)/python -m benchmarks.split_training $(ARGS)
 
 # A quarter of an hour: kills, broken connections, full disks. Its short form is in `make test`. ARGS='--kills 20 --seed 1'
 chaos: $(VENV)/.ready

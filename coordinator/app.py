@@ -19,8 +19,6 @@ from coordinator.rounds.slots import Address
 from coordinator.rounds.timeline import Clock
 from coordinator.security import signatures
 from coordinator.settings import Settings
-from coordinator.split.routes import split_routes
-from coordinator.split.runtime import Runtime
 from coordinator.store.incoming import Incoming
 from coordinator.view import history, roster, status
 from coordinator.view.last_acts import note_refusal, noting_refusals, noting_refusals_of_body
@@ -46,10 +44,8 @@ Most = Annotated[int, Query(ge=1, le=10_000)]
 Index = Annotated[int, Path(ge=0, le=MAX_COUNT)]
 
 
-def create_app(
-    settings: Settings, clock: Clock = time.time, split: Runtime | None = None, steady: Clock | None = None
-) -> FastAPI:
-    """The coordinator on the state folder of `settings`; with `split`, it serves split training and runs its half on that.
+def create_app(settings: Settings, clock: Clock = time.time, steady: Clock | None = None) -> FastAPI:
+    """The coordinator on the state folder of `settings`.
 
     Raises StoreError or ConfigError if the folder cannot be opened.
     """
@@ -183,8 +179,6 @@ def create_app(
             evaluation = Evaluation.from_json(body, "the evaluation")
             return _json(evaluations.accept_evaluation(house, address, evaluation))
 
-    if split is not None:
-        app.include_router(split_routes(house, split))
     return app
 
 

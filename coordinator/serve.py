@@ -19,7 +19,6 @@ from coordinator.http.connections import Limits, Sparse, check_all, protocol, qu
 from coordinator.rounds.timeline import Clock
 from coordinator.security.private import make_private
 from coordinator.settings import Settings
-from coordinator.split.runtime import Runtime
 from lamina.errors import ConfigError, PortInUseError
 from lamina.files import write_durably
 
@@ -31,7 +30,6 @@ _TICKS_PER_SECOND = 10  # of uvicorn's main loop
 def serve(
     settings: Settings,
     on_listening: Callable[[str], None] = lambda url: None,
-    split: Runtime | None = None,
     clock: Clock = time.time,
 ) -> None:
     """Serves until SIGINT or SIGTERM; `on_listening` gets the address as URL, which also stands in `<state>/address`.
@@ -50,7 +48,7 @@ def serve(
 
         # No access log: it would be the one place where every request of every device is written down.
         config = uvicorn.Config(
-            create_app(settings, clock, split, time.monotonic),
+            create_app(settings, clock, time.monotonic),
             http=protocol(Limits.of_machine(settings.connections, settings.idle_seconds)),
             ws="none",
             timeout_keep_alive=ceil(settings.idle_seconds),

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-_FOLDERS = ("blobs", "updates", "signatures", "split")
+_FOLDERS = ("blobs", "updates", "signatures")
 _FILES = ("coordinator.sqlite", "coordinator.sqlite-wal", "coordinator.sqlite-shm", "admin.token", "enrolment.token")
 _OTHERS = ("trusted.json", "lock", "address")
 

@@ -27,7 +27,6 @@ from lamina.cli.publish import publish
 from lamina.cli.pull import pull
 from lamina.cli.run import run
 from lamina.cli.serve import serve
-from lamina.cli.split import split
 from lamina.cli.status import status
 from lamina.errors import LaminaError, shown
 
@@ -50,7 +49,6 @@ app.add_typer(bench)
 app.add_typer(engine)
 app.add_typer(key)
 app.add_typer(data)
-app.add_typer(split)
 
 _EXTRA_OF_MODULE = {
     "torch": "export",

@@ -52,14 +52,6 @@ def serve(
             "--allow-unsigned", help="Take bundles that nobody signed. Devices refuse them all the same, unless told too."
         ),
     ] = False,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ENGINE",
-            help="Take part in split training (docs/split.md), and run the coordinator's part of a model on this engine, which "
-            "must be installed here. Without it, split runs cannot be published.",
-        ),
-    ] = None,
 ) -> None:
     """Run a coordinator until it is interrupted.
 
@@ -74,10 +66,7 @@ def serve(
     from coordinator.settings import Settings
     from lamina.bundles.signing import TrustedKeys
     from lamina.errors import ConfigError
-    from lamina.names import ENGINES
 
-    if split is not None and split not in ENGINES:
-        raise ConfigError(f"there is no engine {split!r}; known: {', '.join(ENGINES)}")
     if wait_seconds_min > wait_seconds_max:
         raise ConfigError(f"--wait-seconds-min {wait_seconds_min} is above --wait-seconds-max {wait_seconds_max}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -102,9 +91,4 @@ def serve(
             typer.echo(f"or, where it does not reach that, with {', '.join(others)}")
         typer.echo(f"Publish and see the status with the token in {settings.admin_token}")
 
-    runtime = None
-    if split is not None:
-        from edge_client.split.runtime import EngineRuntime
-
-        runtime = EngineRuntime(split)
-    run_coordinator(settings, tell, runtime)
+    run_coordinator(settings, tell)

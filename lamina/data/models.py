@@ -1,6 +1,5 @@
 """Which model the data is for: read from a plan file, or from the bundle that was made of it."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,8 @@ from lamina.data.card import DataCard
 from lamina.errors import ConfigError
 from lamina.plans.model import ModelDescription
 from lamina.plans.plan import Plan
-from lamina.plans.recipe import parse_plan_file, read_recipe
+from lamina.plans.recipe import read_recipe
 from lamina.record import explain
-from lamina.split.manifest import SplitManifest
-from lamina.split.plan import SplitPlan
 
 CallFactories = Callable[[Path], ModelDescription]
 
@@ -30,7 +27,7 @@ class Target:
 
 
 def load_target(path: Path, call_factories: CallFactories | None = None) -> Target:
-    """What a plan file, a bundle folder or a bundle's manifest.json says, of split training too.
+    """What a plan file, a bundle folder or a bundle's manifest.json says.
 
     Only the manifest of a bundle is read, not its blobs. The shapes of one's own modules are known only where they are made: a
     recipe that names some is handed to `call_factories`. Raises ConfigError for anything else.
@@ -41,9 +38,6 @@ def load_target(path: Path, call_factories: CallFactories | None = None) -> Targ
         return _of_manifest(path / MANIFEST)
     if path.name == MANIFEST:
         return _of_manifest(path)
-    values = parse_plan_file(path)
-    if isinstance(values, dict) and "stages" not in values and isinstance(values.get("encoders"), list):
-        return Target(SplitPlan.from_json(json.dumps(values), str(path)).model)
     plan = read_recipe(path)
     if isinstance(plan, Plan):
         return Target(plan.model, plan.data_card)
@@ -64,13 +58,5 @@ def load_model(path: Path, call_factories: CallFactories | None = None) -> Model
 
 
 def _of_manifest(path: Path) -> Target:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is no manifest: {error}") from error
-    if isinstance(values, dict) and values.get("kind") == "split":
-        return Target(SplitManifest.from_file(path).plan.model)
     plan = Manifest.from_file(path).plan
     return Target(plan.model, plan.data_card)

@@ -11,7 +11,7 @@ from lamina.plans.plan import Plan
 from lamina.plans.recipe import read_recipe
 
 ROOT = Path(__file__).parents[2]
-OWN_PAGE = {"minilm", "m2fedsa"}
+OWN_PAGE = {"minilm"}
 """Those that need downloaded weights, or have a page of their own."""
 FILES = sorted(path for path in (ROOT / "benchmarks" / "plans").glob("*.toml") if path.stem not in OWN_PAGE)
 PAGE = (ROOT / "docs" / "methods.md").read_text()

@@ -125,7 +125,7 @@ def test_keys_given_to_serve_are_kept_in_the_state_folder(
     tmp_path: Path, others_key: SigningKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served: list[Settings] = []
-    monkeypatch.setattr("coordinator.serve.serve", lambda settings, tell, split: served.append(settings))
+    monkeypatch.setattr("coordinator.serve.serve", lambda settings, tell: served.append(settings))
     app = typer.Typer()
     app.command()(serve)
     state = tmp_path / "state"

@@ -12,13 +12,11 @@ from typer.testing import CliRunner
 
 from lamina.cli.device_table import ago, missing_of
 from lamina.cli.overview_tables import show_bundle
-from lamina.cli.split import _table as split_table
 from lamina.cli.status import document, figure, screen_of, status, table_of
 from lamina.cli.watching import lines_of, watch_lines, watch_screen
 from lamina.client import Client, RunView, read_token
 from lamina.errors import UnreachableError
 from lamina.plans.plan import Cohort
-from lamina.split.wire import SplitStatus
 from lamina.wire import DeviceList, DeviceState
 
 HOSTILE = ("[/x]", "[bold red]", "\u001b]0;owned\u0007\u001b[2J", "\u202eevil", "a\nb\rc")
@@ -218,14 +216,11 @@ def test_times_and_names_in_words() -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_foreign_bundle_s_notes_and_a_split_run_s_words_are_shown_as_they_stand(text: str) -> None:
+def test_a_foreign_bundle_s_notes_are_shown_as_they_stand(text: str) -> None:
     manifest = make_bundle(strategy="end_to_end").manifest.model_copy(update={"notes": (text,)})
     console = Console(file=io.StringIO(), width=80, highlight=False)
     show_bundle(manifest, "0" * 64, console)
-    run = SplitStatus(
-        run="split-1", name="tiny", state="running", manifest="0" * 64, round=0, fused=False, detail=text, rounds=(), weights={}
-    )
-    for shown in (console.file.getvalue(), drawn(split_table(run))):
-        assert not set("\u001b\u0007\u202e\r") & set(shown)
-        if text.startswith("["):
-            assert text in shown
+    shown = console.file.getvalue()
+    assert not set("\u001b\u0007\u202e\r") & set(shown)
+    if text.startswith("["):
+        assert text in shown

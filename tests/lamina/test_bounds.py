@@ -16,12 +16,9 @@ from lamina.errors import ConfigError
 from lamina.plans import plan
 from lamina.plans.segments import TensorSpec
 from lamina.record import Record
-from lamina.split import manifest as split_manifest
-from lamina.split import plan as split
-from lamina.split import wire as split_wire
 from lamina.wire import CheckIn, Enrolment, Evaluation, Problem, Refused, TrainReport, Wait
 
-ROOMS = (wire, split_wire, manifest, split_manifest, plan, split)
+ROOMS = (wire, manifest, plan)
 RECORDS = [
     item
     for room in ROOMS

@@ -138,11 +138,6 @@ def test_a_recipe_of_a_module_of_ones_own_is_made_to_see_its_shapes(tmp_path, mo
         load_model(tmp_path / "plan.toml")
 
 
-def test_a_split_plan_says_its_model():
-    model = load_model(Path(__file__).parents[2] / "benchmarks" / "plans" / "split" / "m2fedsa.toml")
-    assert model.modalities == ("image", "audio") and model.labels == 10
-
-
 @pytest.mark.parametrize("pattern", ["*.json", "*.toml"])
 def test_every_plan_file_of_the_benchmarks_is_one_for_data(pattern):
     def stands_for(path):

@@ -20,7 +20,6 @@ from lamina.plans.model import (
 from lamina.plans.model import Image as ImageInput
 from lamina.plans.plan import Augmentation, Calibration, Cohort, DepthDropout, FeatureStore, Plan, Training
 from lamina.plans.strategies import make_stages
-from lamina.split.plan import SplitPlan
 
 PLANS = Path(__file__).parents[2] / "benchmarks" / "plans"
 NEEDS_WEIGHTS = "minilm"
@@ -98,7 +97,7 @@ def test_every_method_has_a_legal_plan(make: Callable[[], Plan]) -> None:
 def test_the_plan_of_a_plan_file_is_the_same_after_a_passage_through_json(path: Path) -> None:
     from export.plans.resolve import resolve
 
-    read = SplitPlan.from_toml(path) if path.parent.name == "split" else resolve(str(path)).plan
+    read = resolve(str(path)).plan
     assert type(read).from_json(read.to_json()) == read
 
 

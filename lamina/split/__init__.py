@@ -1,1 +1,0 @@
-"""Split training: its plan, manifest and messages."""
