@@ -238,7 +238,7 @@ import os, pickle, signal, sys
 from functools import partial
 from pathlib import Path
 import httpx
-from edge_client import heartbeat
+from edge_client.train import heartbeat
 from edge_client.talk.device import Options, join
 from edge_client.talk.transport import Transport
 from tests.edge_client.fake_coordinator import ENROLMENT_TOKEN, FakeCoordinator

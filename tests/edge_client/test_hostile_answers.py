@@ -228,7 +228,7 @@ DRIPS = {
 @pytest.mark.parametrize("pieces", DRIPS.values(), ids=DRIPS)
 def test_a_head_that_drips_is_given_up_within_patience(pieces, monkeypatch):
     """A piece each tenth of a second, each of which comes well within the time-out of a socket."""
-    monkeypatch.setattr(lamina.deadlines, "HEAD_SECONDS", 0.8)
+    monkeypatch.setattr(lamina.net.deadlines, "HEAD_SECONDS", 0.8)
 
     def drip(path):
         for piece in pieces():
@@ -246,7 +246,7 @@ def test_a_head_that_drips_is_given_up_within_patience(pieces, monkeypatch):
 
 
 def test_a_body_may_take_longer_than_a_head(tmp_path, monkeypatch):
-    monkeypatch.setattr(lamina.deadlines, "HEAD_SECONDS", 0.8)
+    monkeypatch.setattr(lamina.net.deadlines, "HEAD_SECONDS", 0.8)
 
     def slow(path):
         head, body = http(BLOB)[: -len(BLOB)], BLOB

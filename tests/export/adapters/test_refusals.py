@@ -56,7 +56,7 @@ def test_a_wrong_attribute_of_the_protocol_is_named():
     class Wrong(Own):
         input = (6,)
 
-    with pytest.raises(CutError, match=r"Wrong\.input is a tuple; it must be a lamina\.model\.Image"):
+    with pytest.raises(CutError, match=r"Wrong\.input is a tuple; it must be a lamina\.plans\.model\.Image"):
         adapt(Wrong())
 
 
