@@ -20,10 +20,8 @@ from torch import nn
 
 from benchmarks.simulate.device import Device, SharedEngine
 from benchmarks.simulate.weights import SimulatedWeights
-from coordinator.aggregation.mean import Contribution, weighted_mean
 from coordinator.rounds.assignments import needed_segments
 from coordinator.rounds.cohort import draw_cohort
-from coordinator.rounds.influence import Size, count_within_bounds
 from coordinator.rounds.losses import mean_by_examples
 from coordinator.rounds.modalities import is_measured_alike
 from coordinator.rounds.self_tuning import has_stalled
@@ -43,6 +41,9 @@ from lamina.bundles.manifest import EngineName, Manifest
 from lamina.encoding.compression import compress_file
 from lamina.encoding.tensors import Float32
 from lamina.errors import ConfigError, TensorFileError
+from lamina.federation.aggregation import Contribution, aggregate
+from lamina.federation.influence import Size, count_within_bounds
+from lamina.federation.rules.base import State
 from lamina.plans.plan import Plan, Stage
 from lamina.plans.segments import belongs
 from lamina.wire import Assignment, Phase
@@ -146,6 +147,7 @@ class Simulation:
         self._manifest_bytes = len(manifest_bytes(bundle))
         self._engine = SharedEngine(load_engine(engine))
         self._newest = SimulatedWeights(manifest, bundle, folder / "weights")
+        self._rule_state: State = {}
         self._devices = {
             name: Device(name, file, folder / name, manifest, engine)
             for name, file in ((f"device-{index}", file) for index, file in enumerate(files))
@@ -322,7 +324,9 @@ class Simulation:
         return _Update(
             result=result,
             modalities=device.modalities,
-            contribution=Contribution(content.sha256, 1 if is_calibration else result.num_examples, path, specs),
+            contribution=Contribution(
+                content.sha256, 1 if is_calibration else result.num_examples, path, specs, norm=content.norm
+            ),
             size=Size(result.num_examples, content.norm, specs),
             frozen=tuple(step.segment.name for plan in job.features for step in plan.steps),
             bytes_up=_bytes_up(path, job),
@@ -338,7 +342,15 @@ class Simulation:
             for each, bounded in zip(updates, counted, strict=True)
         ]
         specs = manifest.exchange_specs(stage.index)
-        new = weighted_mean(self._newest.vector(stage.active), contributions, specs, manifest.plan.server_learning_rate)
+        plan = manifest.plan
+        new, self._rule_state = aggregate(
+            self._newest.vector(stage.active),
+            contributions,
+            specs,
+            plan.aggregation,
+            plan.server_learning_rate,
+            self._rule_state,
+        )
         self._newest.replace([name for name in stage.active if name in trained], new)
 
     def _calibrate(self, stage: int, number: int) -> None:
@@ -346,7 +358,7 @@ class Simulation:
         if self._calibrator is not None:
             update = self._train(self._calibrator, "calibrate", stage, number)
             names = self._manifest.calibrated(stage)
-            new = weighted_mean(self._newest.vector(names), [update.contribution], self._manifest.specs(names))
+            new, _ = aggregate(self._newest.vector(names), [update.contribution], self._manifest.specs(names))
             self._newest.replace(names, new)
 
     def _evaluate(self, cohort: Sequence[Device], stage: int, number: int) -> dict[str, Evaluated]:

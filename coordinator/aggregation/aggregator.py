@@ -1,4 +1,4 @@
-"""From accepted updates to new weights: read what was accepted, make the mean, store it, and move on.
+"""From accepted updates to new weights: read what was accepted, apply the plan's rule, store what it gives, and move on.
 
 A crash anywhere repeats the whole from the same rows and gives the same bytes: the round leaves the phase in the one
 transaction that also names the new weights.
@@ -12,16 +12,23 @@ from contextlib import contextmanager
 from sqlalchemy import select
 
 from coordinator.aggregation.calibration import apply_calibration, due_calibrations
-from coordinator.aggregation.mean import Contribution, weighted_mean
 from coordinator.house import House
 from coordinator.rounds.evaluating import begin_evaluation
-from coordinator.rounds.influence import Size, count_within_bounds
 from coordinator.rounds.modalities import from_text
 from coordinator.rounds.rounds import advance, fail_run
 from coordinator.rounds.updates import check_accepted
 from coordinator.store.tables import RoundRow, RunRow, UpdateRow
-from coordinator.store.weights import name_weights, put_segments, read_weights
+from coordinator.store.weights import (
+    name_rule_state,
+    name_weights,
+    put_rule_state,
+    put_segments,
+    read_rule_state,
+    read_weights,
+)
 from lamina.errors import LaminaError, StoreError
+from lamina.federation.aggregation import Contribution, aggregate
+from lamina.federation.influence import Size, count_within_bounds
 from lamina.files import raise_if_full
 
 log = logging.getLogger("lamina.coordinator")
@@ -112,7 +119,9 @@ def aggregate_round(house: House, round_id: int) -> None:
         row = session.get_one(RoundRow, round_id)
         run = session.get_one(RunRow, row.run_number)
         stage, manifest = row.stage, house.manifest(run.manifest)
-        start = read_weights(house, session, run, manifest.plan.stages[stage].active)
+        plan = manifest.plan
+        start = read_weights(house, session, run, plan.stages[stage].active)
+        state = read_rule_state(house, run)
         updates = session.scalars(select(UpdateRow).where(UpdateRow.round_id == round_id)).all()
         sets = {update.modalities: from_text(update.modalities) for update in updates}
         specs = {text: manifest.exchange_specs(stage, modalities) for text, modalities in sets.items()}
@@ -124,25 +133,28 @@ def aggregate_round(house: House, round_id: int) -> None:
                 house.update_file(round_id, update.device_id),
                 specs[update.modalities],
                 counted.scale,
+                update.norm or 0.0,
             )
-            for update, counted in zip(updates, count_within_bounds(manifest.plan.cohort, sizes), strict=True)
+            for update, counted in zip(updates, count_within_bounds(plan.cohort, sizes), strict=True)
         ]
     for contribution in contributions:
         check_accepted(contribution.path, contribution.content_sha256, contribution.specs or manifest.exchange_specs(stage))
     trained = {name for modalities in sets.values() for name in manifest.exchange(stage, modalities)}
-    new = weighted_mean(start, contributions, manifest.exchange_specs(stage), manifest.plan.server_learning_rate)
+    specs_of_round = manifest.exchange_specs(stage)
+    new, state = aggregate(start, contributions, specs_of_round, plan.aggregation, plan.server_learning_rate, state)
     blobs = put_segments(house, manifest, sorted(trained), new)
-    commit_round(house, round_id, blobs)
+    commit_round(house, round_id, blobs, put_rule_state(house, state))
     remove_updates(house, round_id)
 
 
-def commit_round(house: House, round_id: int, blobs: dict[str, str]) -> None:
+def commit_round(house: House, round_id: int, blobs: dict[str, str], rule_state: str) -> None:
     """In one transaction: name the new weights, ask for the calibration or for evaluations, leave the phase."""
     now = house.clock()
     with house.database.write() as session:
         row = session.get_one(RoundRow, round_id)
         run = session.get_one(RunRow, row.run_number)
         name_weights(session, run, blobs)
+        name_rule_state(session, run, rule_state)
         log.info("%s: round %d of stage %d is aggregated", run.id, row.round, row.stage)
         if house.manifest(run.manifest).plan.calibration:
             row.enter("calibrating", now)

@@ -13,7 +13,6 @@ import logging
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from coordinator.aggregation.mean import Contribution, weighted_mean
 from coordinator.house import House
 from coordinator.rounds.evaluating import begin_evaluation
 from coordinator.rounds.rounds import advance
@@ -22,6 +21,7 @@ from coordinator.rounds.updates import check_accepted
 from coordinator.store.tables import CalibrationRow, RoundRow, RunRow
 from coordinator.store.weights import name_weights, put_segments, read_weights
 from lamina.bundles.manifest import EngineName, Manifest
+from lamina.federation.aggregation import Contribution, aggregate
 
 log = logging.getLogger("lamina.coordinator")
 
@@ -88,7 +88,7 @@ def apply_calibration(house: House, round_id: int) -> None:
         content = session.get_one(CalibrationRow, round_id).content_sha256 or ""
     path = house.calibration_file(round_id)
     check_accepted(path, content, manifest.specs(names))
-    new = weighted_mean(start, [Contribution(content, 1, path)], manifest.specs(names))
+    new, _ = aggregate(start, [Contribution(content, 1, path)], manifest.specs(names))
     commit_calibration(house, round_id, put_segments(house, manifest, names, new))
     path.unlink(missing_ok=True)
 

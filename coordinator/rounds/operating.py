@@ -30,7 +30,7 @@ from coordinator.store.tables import (
     TeacherRow,
     UpdateRow,
 )
-from coordinator.store.weights import name_weights
+from coordinator.store.weights import name_rule_state, name_weights
 from coordinator.view.history import note
 from lamina.errors import BundleError, ConfigError
 from lamina.wire import HistoryEntry, RunCommand
@@ -165,6 +165,7 @@ def _roll_back(house: House, session: Session, run: RunRow, command: RunCommand,
     forget(session, run, [position for position in kept if position > target])
     session.execute(delete(TeacherRow).where(TeacherRow.run_number == run.number, TeacherRow.stage > max(target[0], 0)))
     name_weights(session, run, blobs)
+    name_rule_state(session, run, "")
     run.stage, run.round, run.since_unix_seconds, run.is_finished = max(target[0], 0), target[1] + 1, now, False
     run.undone_round_id = max([run.undone_round_id, *undone_ids])
     if run.halt == "failed":

@@ -97,4 +97,5 @@ def find_slot(house: House, session: Session, address: Address, digest: str) -> 
 
 def _expected(manifest: Manifest, row: RoundRow, place: PlaceRow) -> Expected:
     specs = manifest.exchange_specs(row.stage, from_text(place.modalities))
-    return Expected(specs, MAX_DIFFERENCE / max(1.0, manifest.plan.server_learning_rate))
+    plan = manifest.plan
+    return Expected(specs, MAX_DIFFERENCE / max(1.0, plan.server_learning_rate * plan.aggregation.gain))

@@ -33,7 +33,7 @@ from lamina.encoding.compression import Compression
 from lamina.encoding.tensors import Encoding
 from lamina.wire import DeviceRole, RunState
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 def _bound(table: str, column: str, field: str, bound: float) -> str:
@@ -81,6 +81,7 @@ UPGRADES: dict[int, tuple[str, ...]] = {
         "ALTER TABLE runs ADD COLUMN undone_round_id INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE devices ADD COLUMN removed_name TEXT",
     ),
+    5: ("ALTER TABLE runs ADD COLUMN rule_state TEXT NOT NULL DEFAULT ''",),
 }
 """What turns the tables of a version into those of the next; new tables are made by themselves."""
 
@@ -156,7 +157,7 @@ class RunRow(Base):
 
     A run that an operator stopped, or that could not go on, has a `halt` with its reason, and the time since when.
     `undone_round_id` is the largest row id of a round that was taken back, 0 if none was: files are named after such ids, so no
-    id is given twice.
+    id is given twice. `rule_state` is the blob of what the aggregation rule keeps from round to round; empty: nothing.
     """
 
     __tablename__ = "runs"
@@ -171,6 +172,7 @@ class RunRow(Base):
     halt_reason: Mapped[str] = mapped_column(Text, default="")
     halted_unix_seconds: Mapped[float | None]
     undone_round_id: Mapped[int] = mapped_column(default=0)
+    rule_state: Mapped[str] = mapped_column(default="")
 
     @property
     def id(self) -> str:

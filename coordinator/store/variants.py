@@ -54,11 +54,15 @@ class Variants:
             rows = session.scalars(select(VariantRow)).all()
             outdated = [row for row in rows if row.master not in current]
             superseded = set(session.scalars(select(SupersededRow.blob)).all())
+            for run in session.scalars(select(RunRow).where(RunRow.is_finished, RunRow.rule_state != "")):
+                superseded.add(run.rule_state)
+                run.rule_state = ""
             if not outdated and not superseded:
                 return
             needed = {row.blob for row in rows if row.master in current}
             needed |= set(session.scalars(select(WeightRow.blob)).all()) | set(session.scalars(select(TeacherRow.blob)).all())
             needed |= set(session.scalars(select(SnapshotRow.blob)).all())
+            needed |= set(session.scalars(select(RunRow.rule_state)).all())
             for digest in set(session.scalars(select(RunRow.manifest)).all()):
                 needed |= set(manifest_of(digest).blobs)
             # The files first: a row whose file is gone is made again, a file without a row would stay for ever.

@@ -1,6 +1,7 @@
 """The newest weights of a run as tensors, and tensors as blobs."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from sqlalchemy.orm import Session
 
@@ -8,7 +9,7 @@ from coordinator.house import House
 from coordinator.store.tables import RunRow, SupersededRow, WeightRow
 from lamina.bundles.bundle import hash_file
 from lamina.bundles.manifest import Manifest
-from lamina.encoding.tensors import Float32, decode_file, encode
+from lamina.encoding.tensors import Float32, decode_any, decode_file, encode
 from lamina.errors import HashMismatchError
 
 
@@ -18,9 +19,7 @@ def read_weights(house: House, session: Session, run: RunRow, segments: Iterable
     vector: dict[str, Float32] = {}
     for name in segments:
         blob = session.get_one(WeightRow, (run.number, name)).blob
-        path = house.blobs.path(blob)
-        if hash_file(path) != blob:
-            raise HashMismatchError(f"the weights of segment {name}, blob {blob}, are damaged on the coordinator's disk")
+        path = _whole(house, blob, f"the weights of segment {name}")
         tensors = decode_file(str(path), manifest.segment(name).tensors)
         vector |= {f"{name}/{tensor}": value for tensor, value in tensors.items()}
     return vector
@@ -41,3 +40,29 @@ def name_weights(session: Session, run: RunRow, blobs: Mapping[str, str]) -> Non
         if row.blob != blob:
             session.merge(SupersededRow(blob=row.blob))
         row.blob = blob
+
+
+def read_rule_state(house: House, run: RunRow) -> dict[str, Float32]:
+    """What the run's aggregation rule kept from the round before. Raises HashMismatchError for a damaged file."""
+    if not run.rule_state:
+        return {}
+    return decode_any(str(_whole(house, run.rule_state, f"what the aggregation rule of {run.id} keeps")))
+
+
+def put_rule_state(house: House, state: Mapping[str, Float32]) -> str:
+    """The blob of a rule's state; empty if it has none. Raises DiskFullError."""
+    return house.blobs.put(encode(state)) if state else ""
+
+
+def name_rule_state(session: Session, run: RunRow, blob: str) -> None:
+    """From the end of this transaction on, this is the run's state; what it replaces can be deleted."""
+    if run.rule_state not in ("", blob):
+        session.merge(SupersededRow(blob=run.rule_state))
+    run.rule_state = blob
+
+
+def _whole(house: House, blob: str, what: str) -> Path:
+    path = house.blobs.path(blob)
+    if hash_file(path) != blob:
+        raise HashMismatchError(f"{what}, blob {blob}, are damaged on the coordinator's disk")
+    return path

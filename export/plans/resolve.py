@@ -40,6 +40,7 @@ _SAME_IN_A_PLAN = (
     "calibration",
     "device_modalities",
     "zero_init",
+    "aggregation",
     "server_learning_rate",
     "seed",
     "data_card",

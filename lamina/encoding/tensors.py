@@ -104,6 +104,15 @@ def decode_file(path: str, expected: Iterable[TensorShape]) -> dict[str, Float32
     return dict(decode_one_by_one(path, expected))
 
 
+def decode_any(path: str) -> dict[str, Float32]:
+    """All tensors of an fp32 file of one's own, whatever it holds. Raises TensorFileError for what is no tensor file."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise TensorFileError(f"this is no valid tensor file: {error}") from error
+
+
 def join_files(files: Iterable[bytes]) -> bytes:
     """The tensors of several fp32 files as one file. Raises TensorFileError for what is no tensor file."""
     try:

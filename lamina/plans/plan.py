@@ -21,6 +21,7 @@ from lamina.bounds import (
     SegmentName,
 )
 from lamina.data.card import DataCard
+from lamina.federation.rules import AnyRule, Mean
 from lamina.plans.model import ModelDescription, ModuleEncoder, Name
 from lamina.plans.segments import HEAD, heads_of, prefix_chain, segment_names
 from lamina.record import Record
@@ -190,7 +191,7 @@ class Cohort(Record):
     a stage and after its last one; 0: never.
 
     An update counts with at most `max_examples` examples. One whose difference is longer than `max_norm` times the median of
-    the round is shortened to that (`coordinator.rounds.influence`). None: no bound to the examples, and 100 times the median.
+    the round is shortened to that (`lamina.federation.influence`). None: no bound to the examples, and 100 times the median.
     """
 
     size: Annotated[int, Field(ge=1, le=MAX_ITEMS)] = 4
@@ -249,9 +250,9 @@ class Plan(Record):
 
     `device_modalities` are the sets of modalities that devices may have besides all of them (what they train:
     `ModelDescription.of_device`). `zero_init` lets each layer that is attached after the first stage begin as the identity
-    (its residual branches start at zero), so that the model does not change when a stage begins. `server_learning_rate` scales
-    the mean of the updates before it is added. `data_card` is what the data of all devices has in common; what it leaves open,
-    the first device decides.
+    (its residual branches start at zero), so that the model does not change when a stage begins. `aggregation` is the rule that
+    makes new weights of updates (`lamina.federation.rules`), and `server_learning_rate` scales what it adds. `data_card` is
+    what the data of all devices has in common; what it leaves open, the first device decides.
     """
 
     version: Literal[1] = 1
@@ -267,6 +268,7 @@ class Plan(Record):
         tuple[Annotated[tuple[Name, ...], Field(min_length=1, max_length=64)], ...], Field(max_length=1000)
     ] = ()
     zero_init: bool = False
+    aggregation: AnyRule = Mean()
     server_learning_rate: PositiveFloat = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     data_card: DataCard | None = None
@@ -366,6 +368,8 @@ def _conflicts(plan: Plan) -> Iterator[str]:
             )
         if training.depth_dropout:
             yield "calibration trains all layers together, depth_dropout leaves some out: choose one"
+    if fault := plan.aggregation.fault(plan.server_learning_rate):
+        yield f"aggregation: {fault}"
     for subset in plan.device_modalities:
         strangers = sorted(set(subset) - set(model.modalities))
         if strangers:

@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from lamina.bounds import MAX_ROUNDS
 from lamina.data.card import DataCard
 from lamina.errors import ConfigError
+from lamina.federation.rules import AnyRule, Mean
 from lamina.plans.model import (
     FACTORY,
     Contrastive,
@@ -109,6 +110,7 @@ class Recipe(Record):
     calibration: Calibration | None = None
     device_modalities: tuple[tuple[Name, ...], ...] = ()
     zero_init: bool = False
+    aggregation: AnyRule = Mean()
     server_learning_rate: PositiveFloat = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     data_card: DataCard | None = None

@@ -14,6 +14,7 @@ from benchmarks.simulate.simulation import Simulation, SimulationResult, simulat
 from export.build import export_bundle
 from lamina.bundles.manifest import EngineName, Manifest
 from lamina.errors import ConfigError
+from lamina.federation.rules.momentum import Momentum
 from lamina.plans.model import AudioFrames, Contrastive, Encoder, ImagePatches, ModelDescription, Projection, Supervised
 from lamina.plans.plan import (
     SGD,
@@ -135,6 +136,7 @@ def _drawn() -> Plan:
         stages=make_stages(model, "layerwise", rounds=(1, 0, 1, 3), learning_rate=0.03),
         training=training,
         cohort=Cohort(size=2, pool=3, min_updates=2, evaluate_every=2, lease_seconds=60, max_examples=32, max_norm=1.0),
+        aggregation=Momentum(beta=0.5),
         server_learning_rate=0.7,
     )
 

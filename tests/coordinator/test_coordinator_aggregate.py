@@ -9,16 +9,25 @@ from coordinator_harness import InProcess, make_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.aggregation.mean import Contribution, weighted_mean
 from coordinator.rounds.losses import MAX_EXAMPLES
 from coordinator.rounds.updates import check_content
 from lamina.encoding.tensors import ENCODINGS, Encoding, encode
+from lamina.federation.aggregation import Contribution, aggregate
+from lamina.federation.rules import Mean, Rule
+from lamina.federation.rules.adam import Adam
+from lamina.federation.rules.momentum import Momentum
+from lamina.federation.rules.trimmed_mean import TrimmedMean
 from lamina.plans.plan import Cohort
 from lamina.plans.segments import TensorSpec
 from lamina.wire import TrainReport
 
 SPECS = [TensorSpec(name="a/w", shape=(3, 2)), TensorSpec(name="a/b", shape=()), TensorSpec(name="b/w", shape=(4,))]
 START = {spec.name: np.full(spec.shape, 0.25, np.float32) for spec in SPECS}
+
+
+def mean_of(start, contributions, specs, rate=1.0):
+    """The new weights of the plain weighted mean."""
+    return aggregate(start, contributions, specs, rate=rate)[0]
 
 
 def write(folder: Path, index: int, seed: int, scale: float, encoding: Encoding, num_examples: int) -> Contribution:
@@ -49,8 +58,8 @@ def test_the_mean_is_that_of_float64_and_its_bytes_do_not_depend_on_the_order(tm
     contributions = [write(folder, index, *update) for index, update in enumerate(drawn)]
     shuffled = data.draw(st.permutations(contributions))
 
-    mean = weighted_mean(START, contributions, SPECS)
-    again = weighted_mean(START, shuffled, SPECS)
+    mean = mean_of(START, contributions, SPECS)
+    again = mean_of(START, shuffled, SPECS)
 
     assert {name: value.tobytes() for name, value in mean.items()} == {n: v.tobytes() for n, v in again.items()}
     total = sum(update[3] for update in drawn)
@@ -79,7 +88,7 @@ def _stored(seed: int, scale: float, encoding: str) -> dict[str, np.ndarray]:
 
 def test_one_update_alone_gives_the_device_s_own_weights(tmp_path: Path) -> None:
     only = write(tmp_path, 0, seed=1, scale=1.0, encoding="fp32", num_examples=3)
-    mean = weighted_mean(START, [only], SPECS)
+    mean = mean_of(START, [only], SPECS)
     for name, value in _stored(1, 1.0, "fp32").items():
         np.testing.assert_array_equal(mean[name], (0.25 + value).astype(np.float32))
 
@@ -101,7 +110,7 @@ def test_the_content_tells_different_values_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_legal_updates_never_overflow(tmp_path: Path, scale: float) -> None:
     contributions = [write(tmp_path, index, index, scale, "fp32", MAX_EXAMPLES) for index in range(3)]
-    assert all(np.isfinite(value).all() for value in weighted_mean(START, contributions, SPECS).values())
+    assert all(np.isfinite(value).all() for value in mean_of(START, contributions, SPECS).values())
 
 
 def test_memory_does_not_grow_with_the_number_of_updates(tmp_path: Path) -> None:
@@ -115,7 +124,7 @@ def test_memory_does_not_grow_with_the_number_of_updates(tmp_path: Path) -> None
             path.write_bytes(encode({spec.name: np.full(spec.shape, index, np.float32) for spec in specs}))
             contributions.append(Contribution(f"{index:064}", 1, path))
         tracemalloc.start()
-        weighted_mean(start, contributions, specs)
+        mean_of(start, contributions, specs)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.05 * peaks[0]
@@ -162,8 +171,8 @@ def test_a_tensor_s_mean_is_over_the_updates_that_have_it(tmp_path_factory, draw
         contributions.append(Contribution(content, num_examples, folder / f"{index}", specs))
         held.append((dict(_stored(seed, scale, encoding)), {spec.name for spec in specs}, num_examples))
 
-    mean = weighted_mean(start, contributions, SPECS, rate)
-    again = weighted_mean(start, data.draw(st.permutations(contributions)), SPECS, rate)
+    mean = mean_of(start, contributions, SPECS, rate)
+    again = mean_of(start, data.draw(st.permutations(contributions)), SPECS, rate)
 
     assert {name: value.tobytes() for name, value in mean.items()} == {n: v.tobytes() for n, v in again.items()}
     for spec in SPECS:
@@ -178,3 +187,22 @@ def test_a_tensor_s_mean_is_over_the_updates_that_have_it(tmp_path_factory, draw
 def _values(seed: int, scale: float) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     return {spec.name: np.asarray(random.standard_normal(spec.shape) * scale, np.float32) for spec in SPECS}
+
+
+@pytest.mark.parametrize("rule", [Adam(), Momentum(), TrimmedMean(trim=0.4)], ids=lambda rule: rule.rule)
+def test_a_rule_keeps_its_state_over_rounds_and_stages_and_restarts_change_nothing(make_coordinator, rule: Rule) -> None:
+    """And what it kept is deleted in the end: as many blobs as with the mean are left."""
+    weights, blobs = [], []
+    for name, chosen, is_disturbed in (("mean", Mean(), False), ("calm", rule, False), ("disturbed", rule, True)):
+        coordinator: InProcess = make_coordinator(name)
+        coordinator.publish(make_bundle(cohort=Cohort(size=3), rounds=[2, 2], aggregation=chosen, server_learning_rate=0.5))
+        devices = [coordinator.join(f"d{index}") for index in range(3)]
+        while coordinator.status().state != "finished":
+            for device in devices:
+                device.step()
+                if is_disturbed:
+                    coordinator.restart()
+        weights.append(coordinator.weights())
+        blobs.append(sum(1 for path in (coordinator.state / "blobs").iterdir()))
+    assert weights[1] == weights[2] != weights[0]
+    assert blobs[0] == blobs[1] == blobs[2]

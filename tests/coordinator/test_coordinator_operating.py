@@ -343,10 +343,10 @@ def test_weights_that_would_not_be_numbers_fail_the_run_by_name(coordinator: InP
     device = coordinator.join("a")
     import coordinator.aggregation.aggregator as aggregation
 
-    real = aggregation.weighted_mean
+    real = aggregation.aggregate
     monkeypatch.setattr(
-        "coordinator.aggregation.aggregator.weighted_mean",
-        lambda *arguments: {name: value * float("inf") for name, value in real(*arguments).items()},
+        "coordinator.aggregation.aggregator.aggregate",
+        lambda *arguments: ({name: value * float("inf") for name, value in real(*arguments)[0].items()}, {}),
     )
     assert device.send(device.work()).status_code == 200
     for _ in range(3):
