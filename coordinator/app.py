@@ -1,14 +1,14 @@
 """The routes of `/v1` and nothing else; `lamina.wire` has the messages, `docs/protocol.md` the prose."""
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated
 
-from fastapi import BackgroundTasks, Depends, FastAPI, Path, Query, Request, Response
+from fastapi import Depends, FastAPI, Path, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from coordinator.aggregation.aggregator import Aggregator, remove_leftovers
+from coordinator.aggregation.aggregator import remove_leftovers
 from coordinator.house import House
 from coordinator.http import bodies, downloads
 from coordinator.http.integrity import Integrity
@@ -22,6 +22,7 @@ from coordinator.settings import Settings
 from coordinator.store.incoming import Incoming
 from coordinator.view import history, roster, status
 from coordinator.view.last_acts import note_refusal, noting_refusals, noting_refusals_of_body
+from coordinator.worker import Worker
 from lamina.bounds import MAX_COUNT
 from lamina.encoding.tensors import max_file_bytes
 from lamina.errors import ProtocolError
@@ -50,9 +51,9 @@ def create_app(settings: Settings, clock: Clock = time.time, steady: Clock | Non
     Raises StoreError or ConfigError if the folder cannot be opened.
     """
     house = House(settings, clock, steady)
-    aggregator = Aggregator(house)
+    worker = Worker(house)
     # Here and not in the lifespan, whose failures are told as tracebacks.
-    _finish_what_was_interrupted(house, aggregator)
+    _finish_what_was_interrupted(house, worker)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -61,6 +62,7 @@ def create_app(settings: Settings, clock: Clock = time.time, steady: Clock | Non
 
     app = FastAPI(title="lamina coordinator", lifespan=lifespan, openapi_url=None)
     app.state.house = house
+    app.state.worker = worker
     install(app)
     app.add_middleware(Integrity)
 
@@ -86,9 +88,9 @@ def create_app(settings: Settings, clock: Clock = time.time, steady: Clock | Non
         return _json(devices.list_devices(house))
 
     @app.post("/v1/devices/{name}/removal")
-    def remove_device(_: Admin, name: str, request: Request, later: BackgroundTasks) -> Response:
-        later.add_task(aggregator.run_due)
-        return _json(devices.remove_device(house, name, _who(request)))
+    def remove_device(_: Admin, name: str, request: Request) -> Response:
+        with _then(worker.wake):
+            return _json(devices.remove_device(house, name, _who(request)))
 
     @app.post("/v1/devices/{name}/name")
     def rename_device(_: Admin, name: str, body: Json, request: Request) -> Response:
@@ -104,16 +106,14 @@ def create_app(settings: Settings, clock: Clock = time.time, steady: Clock | Non
         return _json(history.read_history(house, run, most))
 
     @app.post("/v1/runs/{run}/commands")
-    def command_run(_: Admin, run: str, body: Json, request: Request, later: BackgroundTasks) -> Response:
-        later.add_task(aggregator.run_due)
+    def command_run(_: Admin, run: str, body: Json, request: Request) -> Response:
         command = RunCommand.from_json(body, "the command")
-        with aggregator.paused():
+        with _then(worker.wake), worker.paused():
             return _json(operating.operate(house, run, command, _who(request)))
 
     @app.post("/v1/check-in")
-    def ask_for_work(device: Device, body: Json, later: BackgroundTasks) -> Response:
-        later.add_task(aggregator.run_due)
-        with noting_refusals(house, device):
+    def ask_for_work(device: Device, body: Json) -> Response:
+        with _then(worker.wake), noting_refusals(house, device):
             answer = check_in.check_in(house, device, CheckIn.from_json(body, "the check-in"))
         if isinstance(answer, Refused):
             note_refusal(house, device, "refused", answer.detail)
@@ -153,10 +153,7 @@ def create_app(settings: Settings, clock: Clock = time.time, steady: Clock | Non
         return _json(status.list_runs(house))
 
     @app.get("/v1/runs/{run}")
-    def run_status(_: Known, run: str, later: BackgroundTasks) -> Response:
-        # Time may have closed a round since the last device asked; whoever looks sees it closed.
-        rounds.advance_all(house)
-        later.add_task(aggregator.run_due)
+    def run_status(_: Known, run: str) -> Response:
         return _json(status.run_status(house, run))
 
     @app.get("/v1/runs/{run}/devices")
@@ -164,18 +161,16 @@ def create_app(settings: Settings, clock: Clock = time.time, steady: Clock | Non
         return _json(roster.device_list(house, run))
 
     @app.put("/v1/runs/{run}/stages/{stage}/rounds/{number}/update")
-    async def put_update(
-        device: Device, run: str, stage: Index, number: Index, request: Request, later: BackgroundTasks
-    ) -> Response:
-        later.add_task(aggregator.run_due)
+    async def put_update(device: Device, run: str, stage: Index, number: Index, request: Request) -> Response:
         async with noting_refusals_of_body(house, device):
             address = Address(device_id=device, run=run, stage=stage, round=number)
-            return _json(await _receive_update(house, address, request, in_flight))
+            with _then(worker.wake):
+                return _json(await _receive_update(house, address, request, in_flight))
 
     @app.put("/v1/runs/{run}/stages/{stage}/rounds/{number}/evaluation")
     def put_evaluation(device: Device, run: str, stage: Index, number: Index, body: Json) -> Response:
         address = Address(device_id=device, run=run, stage=stage, round=number)
-        with noting_refusals(house, device):
+        with _then(worker.wake), noting_refusals(house, device):
             evaluation = Evaluation.from_json(body, "the evaluation")
             return _json(evaluations.accept_evaluation(house, address, evaluation))
 
@@ -195,17 +190,26 @@ async def _receive_update(house: House, address: Address, request: Request, in_f
         return await run_in_threadpool(updates.accept_update, house, address, incoming, digest, report, expected, compression)
 
 
-def _finish_what_was_interrupted(house: House, aggregator: Aggregator) -> None:
+def _finish_what_was_interrupted(house: House, worker: Worker) -> None:
     """Before the first device is answered. Raises StoreError, DiskFullError."""
     try:
         rounds.mend_all(house)
         rounds.advance_all(house)
-        aggregator.run_due()
+        worker.work()
         remove_leftovers(house)
         house.variants.remove_outdated(house.manifest)
     except BaseException:
         house.close()
         raise
+
+
+@contextmanager
+def _then(wake: Callable[[], None]) -> Iterator[None]:
+    """After the block, however it ends: what it wrote may have made something due."""
+    try:
+        yield
+    finally:
+        wake()
 
 
 def _json(record: Record, status_code: int = 200) -> Response:

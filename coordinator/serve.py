@@ -19,6 +19,7 @@ from coordinator.http.connections import Limits, Sparse, check_all, protocol, qu
 from coordinator.rounds.timeline import Clock
 from coordinator.security.private import make_private
 from coordinator.settings import Settings
+from coordinator.worker import Worker
 from lamina.errors import ConfigError, PortInUseError
 from lamina.files import write_durably
 
@@ -47,8 +48,9 @@ def serve(
             on_listening(url)
 
         # No access log: it would be the one place where every request of every device is written down.
+        app = create_app(settings, clock, time.monotonic)
         config = uvicorn.Config(
-            create_app(settings, clock, time.monotonic),
+            app,
             http=protocol(Limits.of_machine(settings.connections, settings.idle_seconds)),
             ws="none",
             timeout_keep_alive=ceil(settings.idle_seconds),
@@ -59,20 +61,22 @@ def serve(
         )
         for name in ("uvicorn.error", "asyncio", "lamina.coordinator"):
             logging.getLogger(name).addFilter(Sparse())
-        asyncio.run(_Server(config, announce, settings.address).serve(sockets=[listener]))
+        asyncio.run(_Server(config, announce, settings.address, app.state.worker).serve(sockets=[listener]))
 
 
 class _Server(uvicorn.Server):
     """A uvicorn server that tells when it listens, and takes its address back when it stops."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None], address: Path) -> None:
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None], address: Path, worker: Worker) -> None:
         super().__init__(config)
         self._announce = announce
         self._address = address
+        self._worker = worker
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(quiet_on_exhaustion)
         await super().startup(sockets)
+        self._worker.start()
         for listener in sockets or ():
             listener.listen(_LISTEN_BACKLOG)
         if self.started:
@@ -85,6 +89,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
+        await asyncio.to_thread(self._worker.stop)
         # Here and not after serve(): uvicorn ends the process with the signal that stopped it.
         self._address.unlink(missing_ok=True)
 

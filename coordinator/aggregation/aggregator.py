@@ -5,9 +5,6 @@ transaction that also names the new weights.
 """
 
 import logging
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from sqlalchemy import select
 
@@ -38,35 +35,20 @@ ATTEMPTS = 3
 
 
 class Aggregator:
-    """Aggregates whatever is due, one round at a time, in the thread that calls."""
+    """Aggregates whatever is due, one round at a time, for the worker (`coordinator.worker`)."""
 
     def __init__(self, house: House) -> None:
         self._house = house
-        self._busy = threading.Lock()
         self._hopeless: dict[int, int] = {}
         """How often a round (by row id) failed for a reason that will not pass by itself."""
 
     def run_due(self) -> None:
-        """Returns at once if another thread is at it: that one looks again before it stops.
-
-        A failure is logged, told in the status, and tried again at the next call; one that cannot pass ends the run.
-        """
-        if not self._busy.acquire(blocking=False):
-            return
-        try:
-            attempted: set[tuple[str, int]] = set()
-            while (due := self._due() - attempted) != set():
-                work = min(due)
-                attempted.add(work)
-                self._attempt(*work)
-        finally:
-            self._busy.release()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Nothing is aggregated within the block; it begins when what is under way is done."""
-        with self._busy:
-            yield
+        """A failure is logged, told in the status, and tried again at the next call; one that cannot pass ends the run."""
+        attempted: set[tuple[str, int]] = set()
+        while (due := self._due() - attempted) != set():
+            work = min(due)
+            attempted.add(work)
+            self._attempt(*work)
 
     def _due(self) -> set[tuple[str, int]]:
         """What is to be done, and for which round (by row id)."""

@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from coordinator.house import House
 from coordinator.rounds.losses import MAX_EXAMPLES
+from coordinator.rounds.rounds import advance, open_runs
 from coordinator.security.tokens import hash_token, new_token
 from coordinator.store.tables import CalibrationRow, DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from coordinator.view.history import note
@@ -110,6 +111,9 @@ def remove_device(house: House, name: str, who: str) -> HistoryEntry:
             )
         device.name, device.removed_name = f"{device.id}/removed", name
         device.run_number = device.seen_unix_seconds = None
+        session.flush()
+        for run in open_runs(session):  # a round may have waited for this device alone
+            advance(house, session, run, now)
         return note(house, session, "remove-device", "enrolled", "removed", who, device=name, detail=device.id)
 
 

@@ -127,8 +127,26 @@ def fail_run(house: House, run_id: str, reason: str) -> None:
             fail(house, session, run, reason, now)
 
 
+def moments(house: House) -> list[float]:
+    """When time alone may move an open run: deadlines, and the ends of leases that a round waits for."""
+    times: list[float] = []
+    with house.database.read() as session:
+        for run in open_runs(session):
+            row = current_round(session, run)
+            if row is None or row.phase in ("aggregating", "closed"):
+                continue
+            cohort = house.manifest(run.manifest).plan.cohort
+            times.append(deadline_of(row, cohort))
+            if row.phase == "training":
+                times.append(row.since_unix_seconds + DEADLINES_UNTIL_FAILURE * cohort.deadline_seconds)
+                times += [place.lease_ends_unix_seconds for place in places(session, row)]
+            elif row.phase == "evaluating":
+                times += [answer.lease_ends_unix_seconds for answer in awaited_evaluations(house, session, run, row, 0.0)]
+    return times
+
+
 def advance_all(house: House) -> None:
-    """Moves every open run; for start-up and for whoever looks at a run that no device asks about."""
+    """Moves every open run as far as time lets it; for the worker."""
     now = house.clock()
     with house.database.write() as session:
         house.clock.forget_presence(session)

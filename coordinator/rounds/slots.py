@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 
 from coordinator.house import House
 from coordinator.rounds.modalities import from_text
-from coordinator.rounds.rounds import advance, get_round, get_run
+from coordinator.rounds.rounds import get_round, get_run
 from coordinator.rounds.waiting import describe_halt
 from coordinator.store.tables import CalibrationRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from lamina.bundles.manifest import Manifest
@@ -69,9 +69,7 @@ def find_slot(house: House, session: Session, address: Address, digest: str) -> 
         calibration = None
     if digest in (update and update.body_sha256, calibration and calibration.body_sha256):
         return None
-    now = house.clock()
-    advance(house, session, run, now)
-    require_open(run, now)
+    require_open(run, house.clock())
     manifest = house.manifest(run.manifest)
     if row.phase == "calibrating" and calibration is not None and calibration.body_sha256 is None:
         return Slot(run, row, calibration, Expected(manifest.specs(manifest.calibrated(row.stage))))

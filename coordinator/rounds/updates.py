@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from coordinator.house import House
 from coordinator.rounds.devices import get_device
 from coordinator.rounds.losses import MAX_EXAMPLES
-from coordinator.rounds.rounds import advance
+from coordinator.rounds.rounds import advance, get_run
 from coordinator.rounds.slots import MAX_DIFFERENCE, Address, Expected, find_slot
 from coordinator.store.incoming import Incoming
 from coordinator.store.tables import CalibrationRow, PlaceRow, UpdateRow
@@ -40,7 +40,7 @@ def expect_update(
     Raises UnknownNameError, RoundClosedError, and UpdateRejectedError, also for an encoding or a compression that the
     device was not asked for.
     """
-    with house.database.write() as session:
+    with house.database.read() as session:
         slot = find_slot(house, session, address, digest)
         if slot is None:
             return _accepted(address, digest)
@@ -79,6 +79,7 @@ def accept_update(
         content = check_content(str(body.path), expected.specs, expected.max_difference)
         body.seal()
         with house.database.write() as session:
+            advance(house, session, get_run(session, address.run), house.clock())  # a deadline may have passed meanwhile
             slot = find_slot(house, session, address, digest)
             if slot is not None:
                 if slot.expected != expected:

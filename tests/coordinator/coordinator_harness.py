@@ -400,9 +400,16 @@ class InProcess(Coordinator):
 
     def start(self) -> None:
         self.app = create_app(self._settings, self.clock, steady=self.steady)
-        self.http = httpx.Client(transport=_AppTransport(self.app), base_url="http://coordinator")
+        self.transport = _AppTransport(self.app)
+        self.http = httpx.Client(transport=self.transport, base_url="http://coordinator")
+
+    def start_worker(self) -> None:
+        """From now on the worker has its thread, as in the real process, and no request waits for it."""
+        self.transport.has_thread = True
+        self.app.state.worker.start()
 
     def stop(self) -> None:
+        self.app.state.worker.stop()
         self.app.state.house.close()
         self.http.close()
 
@@ -412,17 +419,24 @@ class InProcess(Coordinator):
 
 
 class _AppTransport(httpx.BaseTransport):
-    """Runs an ASGI app to the end of each request, background tasks included, so that tests need not wait."""
+    """Runs an ASGI app to the end of each request, and its worker before and after it, so that tests need not wait."""
 
     def __init__(self, app: Any) -> None:
         self._runner = asyncio.Runner()
         self._inner = httpx.ASGITransport(app)
+        self._worker = app.state.worker
+        self.has_thread = False
         self._lifespan = app.router.lifespan_context(app)
         self._runner.run(self._lifespan.__aenter__())
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         content = request.read()
-        return self._runner.run(self._handle(request, content))
+        if self.has_thread:
+            return self._runner.run(self._handle(request, content))
+        self._worker.work()
+        answer = self._runner.run(self._handle(request, content))
+        self._worker.work()
+        return answer
 
     async def _handle(self, request: httpx.Request, content: bytes) -> httpx.Response:
         # The headers go as they are: a test may announce another length than it sends.
