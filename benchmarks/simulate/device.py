@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coordinator.rounds.modalities import largest_set
 from edge_client.engines.base import Engine, LoadedProgram
 from edge_client.rows.local_data import LocalData
 from edge_client.talk.program_files import Fetch
@@ -12,6 +11,7 @@ from lamina.bundles.manifest import EngineName, Manifest
 from lamina.encoding.compression import available_compressions
 from lamina.encoding.tensors import ENCODINGS
 from lamina.errors import ConfigError
+from lamina.federation.modalities import largest_set
 from lamina.names import ProgramShape
 from lamina.wire import Assignment, CheckIn, DeviceRole
 

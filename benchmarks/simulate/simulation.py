@@ -20,14 +20,6 @@ from torch import nn
 
 from benchmarks.simulate.device import Device, SharedEngine
 from benchmarks.simulate.weights import SimulatedWeights
-from coordinator.rounds.assignments import needed_segments
-from coordinator.rounds.cohort import draw_cohort
-from coordinator.rounds.losses import mean_by_examples
-from coordinator.rounds.modalities import is_measured_alike
-from coordinator.rounds.self_tuning import has_stalled
-from coordinator.rounds.stages import needs_teacher
-from coordinator.rounds.terms import agree
-from coordinator.rounds.updates import check_content
 from edge_client.engines import load_engine
 from edge_client.job import Job
 from edge_client.talk.prepare import prepare_job
@@ -42,10 +34,16 @@ from lamina.encoding.compression import compress_file
 from lamina.encoding.tensors import Float32
 from lamina.errors import ConfigError, TensorFileError
 from lamina.federation.aggregation import Contribution, aggregate
-from lamina.federation.influence import Size, count_within_bounds
+from lamina.federation.assignment import assign, teacher_segments
+from lamina.federation.content import check_content
+from lamina.federation.influence import Size
+from lamina.federation.losses import mean_by_examples
+from lamina.federation.modalities import is_measured_alike
+from lamina.federation.policy import Position, draw_cohort
 from lamina.federation.rules.base import State
+from lamina.federation.synchronous import SyncRounds
+from lamina.federation.terms import agree
 from lamina.plans.plan import Plan, Stage
-from lamina.plans.segments import belongs
 from lamina.wire import Assignment, Phase
 
 ReadWeights = Callable[[], dict[str, dict[str, Float32]]]
@@ -60,7 +58,7 @@ class Round:
 
     `test_*` are of the new weights on the test rows of all devices; None where the plan does not evaluate this round
     (`cohort.evaluate_every`). With a contrastive objective, losses and accuracy are of the devices that have pairs alone
-    (`coordinator.rounds.modalities.is_measured_alike`); the train loss of a cohort without any is NaN. Bytes are by device, for
+    (`lamina.federation.modalities.is_measured_alike`); the train loss of a cohort without any is NaN. Bytes are by device, for
     the devices of the cohort; so are the frozen segments that its features passed. CPU seconds are those of the whole cohort,
     with its feature caches.
     """
@@ -148,6 +146,7 @@ class Simulation:
         self._engine = SharedEngine(load_engine(engine))
         self._newest = SimulatedWeights(manifest, bundle, folder / "weights")
         self._rule_state: State = {}
+        self._policy = SyncRounds(manifest.plan)
         self._devices = {
             name: Device(name, file, folder / name, manifest, engine)
             for name, file in ((f"device-{index}", file) for index, file in enumerate(files))
@@ -194,7 +193,8 @@ class Simulation:
             test_losses: list[float] = []
             for number in range(stage.rounds):
                 started = time.process_time()
-                names = draw_cohort(self._devices, size, plan.seed, stage.index, number)
+                position = Position(stage.index, number)
+                names = draw_cohort(self._devices, size, plan.seed, *position)
                 cohort = [device for name, device in self._devices.items() if name in names]
                 before = {device.name: device.bytes_down for device in cohort}
                 updates = [self._train(device, "train", stage.index, number) for device in cohort]
@@ -203,7 +203,7 @@ class Simulation:
                 alike = [each.result for each in updates if is_measured_alike(plan, each.modalities)]
                 train_loss = mean_by_examples((each.loss, each.num_examples) for each in alike)
                 train_losses += [train_loss] if alike else []
-                is_last = number + 1 == stage.rounds or self._has_stalled("train_loss", train_losses)
+                is_last = self._ends_stage(position, "train_loss", train_losses)
                 trained = time.process_time()
                 found: dict[str, Evaluated] = {}
                 if plan.cohort.evaluates(number, is_last):
@@ -223,55 +223,45 @@ class Simulation:
                     train_cpu_seconds=trained - started,
                     evaluate_cpu_seconds=time.process_time() - trained,
                 )
-                if is_last or self._has_stalled("test_loss", test_losses):
+                if is_last or self._ends_stage(position, "test_loss", test_losses):
                     break
 
     def _is_measured_alike(self, device: str) -> bool:
         return is_measured_alike(self._manifest.plan, self._devices[device].modalities)
 
-    def _has_stalled(self, measure: str, losses: Sequence[float]) -> bool:
+    def _ends_stage(self, position: Position, measure: str, losses: Sequence[float]) -> bool:
         tuning = self._manifest.plan.self_tuning
-        return tuning is not None and tuning.measure == measure and has_stalled(losses, tuning)
+        return self._policy.ends_stage(position, losses if tuning is not None and tuning.measure == measure else [])
 
     def _remember_teacher(self, stage: Stage) -> None:
-        """As `coordinator.rounds.stages`: the active segments that were part of the model before, if a program compares with
-        them."""
-        self._newest.teacher = {}
-        if stage.index and needs_teacher(self._manifest, stage.index):
-            before = self._manifest.plan.stages[stage.index - 1]
-            names = [name for name in stage.active if name in before.active or name in before.frozen]
-            self._newest.teacher = {name: self._newest.blobs[name] for name in names}
+        """As `coordinator.rounds.stages` does."""
+        self._newest.teacher = {name: self._newest.blobs[name] for name in teacher_segments(self._manifest, stage.index)}
 
     def _assign(self, device: Device, phase: Phase, stage: int, number: int) -> Assignment:
-        """The work of one device in one round: what `coordinator.rounds.assignments` and `coordinator.store.variants` answer.
-        All that a coordinator decides for a device and a round belongs here."""
-        plan = self._manifest.plan
-        terms = agree(plan.training, device.facts)
-        names = needed_segments(self._manifest, phase, stage, number, device.name, device.modalities)
+        """The work of one device in one round, its weights in the encoding that `coordinator.store.variants` would choose."""
+        terms = agree(self._manifest.plan.training, device.facts)
+        work = assign(
+            self._manifest,
+            self._digest,
+            "run-1",
+            phase,
+            Position(stage, number),
+            device.name,
+            terms,
+            device.modalities,
+            self._newest.blobs,
+            self._newest.teacher,
+        )
         encoding = terms.download_encoding
         try:
-            weights = {name: self._newest.variant(name, encoding, "none") for name in names}
+            weights = {name: self._newest.variant(name, encoding, "none") for name in work.weights}
         except TensorFileError:  # as `coordinator.store.variants`
             encoding = "fp32"
-            weights = {name: self._newest.variant(name, encoding, "none") for name in names}
-        packed = {name: self._newest.variant(name, encoding, terms.compression) for name in names}
-        teacher = {name: blob for name, blob in self._newest.teacher.items() if belongs(name, device.modalities)}
-        return Assignment(
-            phase=phase,
-            run="run-1",
-            manifest=self._digest,
-            stage=stage,
-            round=number,
-            weights=weights,
-            lease_seconds=plan.cohort.lease_seconds,
-            upload_encoding=terms.upload_encoding,
-            download_encoding=encoding,
-            download_compression=terms.compression,
-            compressed_weights={name: blob for name, blob in packed.items() if blob != weights[name]},
-            upload_compression=terms.compression,
-            modalities=device.modalities,
-            teacher_weights=teacher if phase == "train" else {},
-        )
+            weights = {name: self._newest.variant(name, encoding, "none") for name in work.weights}
+        packed = {name: self._newest.variant(name, encoding, terms.compression) for name in work.weights}
+        compressed = {name: blob for name, blob in packed.items() if blob != weights[name]}
+        changes = {"weights": weights, "download_encoding": encoding, "compressed_weights": compressed}
+        return work.model_copy(update=changes)
 
     def _prepare(self, device: Device, phase: Phase, stage: int, number: int, is_asked: bool = True) -> Job:
         """The job of a device. One that no coordinator asked, and that is only looked at, has a feature cache apart and
@@ -336,7 +326,7 @@ class Simulation:
         """As `coordinator.aggregation.aggregator`: a segment that nobody trained keeps its blob."""
         manifest = self._manifest
         trained = {name for each in updates for name in manifest.exchange(stage.index, each.modalities)}
-        counted = count_within_bounds(manifest.plan.cohort, [each.size for each in updates])
+        counted = self._policy.weight([each.size for each in updates])
         contributions = [
             replace(each.contribution, num_examples=bounded.num_examples, scale=bounded.scale)
             for each, bounded in zip(updates, counted, strict=True)

@@ -11,9 +11,8 @@ from sqlalchemy import select
 from coordinator.aggregation.calibration import apply_calibration, due_calibrations
 from coordinator.house import House
 from coordinator.rounds.evaluating import begin_evaluation
-from coordinator.rounds.modalities import from_text
 from coordinator.rounds.rounds import advance, fail_run
-from coordinator.rounds.updates import check_accepted
+from coordinator.rounds.transitions import move_round
 from coordinator.store.tables import RoundRow, RunRow, UpdateRow
 from coordinator.store.weights import (
     name_rule_state,
@@ -25,7 +24,11 @@ from coordinator.store.weights import (
 )
 from lamina.errors import LaminaError, StoreError
 from lamina.federation.aggregation import Contribution, aggregate
-from lamina.federation.influence import Size, count_within_bounds
+from lamina.federation.content import check_accepted
+from lamina.federation.influence import Size
+from lamina.federation.modalities import from_text
+from lamina.federation.state import RoundTransition
+from lamina.federation.synchronous import SyncRounds
 from lamina.files import raise_if_full
 
 log = logging.getLogger("lamina.coordinator")
@@ -117,7 +120,7 @@ def aggregate_round(house: House, round_id: int) -> None:
                 counted.scale,
                 update.norm or 0.0,
             )
-            for update, counted in zip(updates, count_within_bounds(plan.cohort, sizes), strict=True)
+            for update, counted in zip(updates, SyncRounds(plan).weight(sizes), strict=True)
         ]
     for contribution in contributions:
         check_accepted(contribution.path, contribution.content_sha256, contribution.specs or manifest.exchange_specs(stage))
@@ -139,7 +142,7 @@ def commit_round(house: House, round_id: int, blobs: dict[str, str], rule_state:
         name_rule_state(session, run, rule_state)
         log.info("%s: round %d of stage %d is aggregated", run.id, row.round, row.stage)
         if house.manifest(run.manifest).plan.calibration:
-            row.enter("calibrating", now)
+            move_round(row, RoundTransition.CALIBRATE, now)
         else:
             begin_evaluation(house, session, run, row, now)
         session.flush()

@@ -16,12 +16,12 @@ from sqlalchemy.orm import Session
 from coordinator.house import House
 from coordinator.rounds.evaluating import begin_evaluation
 from coordinator.rounds.rounds import advance
-from coordinator.rounds.terms import Terms
-from coordinator.rounds.updates import check_accepted
 from coordinator.store.tables import CalibrationRow, RoundRow, RunRow
 from coordinator.store.weights import name_weights, put_segments, read_weights
 from lamina.bundles.manifest import EngineName, Manifest
 from lamina.federation.aggregation import Contribution, aggregate
+from lamina.federation.content import check_accepted
+from lamina.federation.terms import Terms
 
 log = logging.getLogger("lamina.coordinator")
 

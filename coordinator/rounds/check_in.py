@@ -10,9 +10,7 @@ from coordinator.house import House
 from coordinator.rounds.assignments import make_assignment
 from coordinator.rounds.cards import is_known, why_not_this_data
 from coordinator.rounds.devices import get_device, remember
-from coordinator.rounds.modalities import largest_set, to_text
 from coordinator.rounds.rounds import advance, current_round, fail_run, get_run, open_runs, paused_runs, places
-from coordinator.rounds.terms import agree
 from coordinator.rounds.timeline import lease_of, tenure_of
 from coordinator.rounds.waiting import describe
 from coordinator.store.tables import (
@@ -29,6 +27,9 @@ from coordinator.store.tables import (
 from coordinator.view.last_acts import note_act
 from lamina.bundles.manifest import Manifest
 from lamina.errors import TensorFileError, UnknownNameError
+from lamina.federation.modalities import largest_set, to_text
+from lamina.federation.synchronous import SyncRounds
+from lamina.federation.terms import agree
 from lamina.wire import Assignment, CardWanted, CheckIn, Refused, Wait
 
 log = logging.getLogger("lamina.coordinator")
@@ -176,11 +177,12 @@ def _take_place(house: House, session: Session, run: RunRow, row: RoundRow, devi
     """
     if session.get(UpdateRow, (row.id, device.id)) is not None:
         return None
-    cohort = house.manifest(run.manifest).plan.cohort
+    plan = house.manifest(run.manifest).plan
+    cohort = plan.cohort
     held = places(session, row)
     mine = session.get(PlaceRow, (row.id, device.id))
     if mine is None or mine.is_lost:
-        if len(held) >= cohort.size:
+        if not SyncRounds(plan).may_join(len(held)):
             silent = [place for place in held if _is_silent(session, place, now)]
             if not silent or (mine is not None and tenure_of(mine, cohort) <= now):
                 return None

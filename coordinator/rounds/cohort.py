@@ -5,37 +5,33 @@ the place goes to a device that asks for work, as any other place does.
 """
 
 import logging
-from collections.abc import Iterable
-from random import Random
 
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
 from coordinator.store.tables import DeviceRow, PlaceRow, RoundRow, RunRow
+from lamina.federation.policy import Position
+from lamina.federation.synchronous import SyncRounds
 
 log = logging.getLogger("lamina.coordinator")
-
-
-def draw_cohort(names: Iterable[str], size: int, seed: int, stage: int, round_number: int) -> list[str]:
-    """`size` of these devices, uniformly and without replacement. The arguments alone decide, not the order of the names."""
-    return Random(f"{seed}/{stage}/{round_number}/cohort").sample(sorted(names), size)
 
 
 def start_round(house: House, session: Session, run: RunRow, now: float) -> None:
     """Starts the round where the run stands, if enough devices are here."""
     plan = house.manifest(run.manifest).plan
-    if count_here(house, session, run, now) < plan.cohort.present:
+    policy = SyncRounds(plan)
+    if not policy.may_start(count_here(house, session, run, now)):
         return
     row = RoundRow(id=_next_id(session), run_number=run.number, stage=run.stage, round=run.round, since_unix_seconds=now)
     session.add(row)
     session.flush()
     log.info("%s: round %d of stage %d starts", run.id, run.round, run.stage)
-    if plan.cohort.pool is None:
+    here = session.execute(select(DeviceRow.name, DeviceRow.id).where(*is_here(house, run, now))).all()
+    ids = {name: device_id for name, device_id in here}
+    drawn = policy.draw(ids, Position(run.stage, run.round))
+    if drawn is None:
         return
-    found = session.execute(select(DeviceRow.name, DeviceRow.id).where(*is_here(house, run, now))).all()
-    ids = {name: device_id for name, device_id in found}
-    drawn = draw_cohort(ids, plan.cohort.size, plan.seed, run.stage, run.round)
     lease_ends = now + plan.cohort.lease_seconds
     for name in drawn:
         session.add(

@@ -7,12 +7,12 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
-from coordinator.rounds.losses import MAX_EXAMPLES
 from coordinator.rounds.rounds import advance, open_runs
 from coordinator.security.tokens import hash_token, new_token
 from coordinator.store.tables import CalibrationRow, DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from coordinator.view.history import note
 from lamina.errors import ConfigError, NotEnrolledError, UnknownNameError
+from lamina.federation.losses import MAX_EXAMPLES
 from lamina.wire import CheckIn, Enrolled, EnrolledDevice, Enrolment, Enrolments, HistoryEntry
 
 

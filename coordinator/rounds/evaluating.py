@@ -11,7 +11,9 @@ from sqlalchemy.orm import Session
 from coordinator.house import House
 from coordinator.rounds.stages import ends_with
 from coordinator.rounds.timeline import deadline_of
+from coordinator.rounds.transitions import move_round
 from coordinator.store.tables import EvaluationRow, RoundRow, RunRow, UpdateRow
+from lamina.federation.state import RoundTransition
 
 
 def begin_evaluation(house: House, session: Session, run: RunRow, row: RoundRow, now: float) -> None:
@@ -21,7 +23,7 @@ def begin_evaluation(house: House, session: Session, run: RunRow, row: RoundRow,
         lease_ends = now + plan.cohort.lease_seconds
         for update in session.scalars(select(UpdateRow).where(UpdateRow.round_id == row.id, UpdateRow.test_examples > 0)).all():
             session.add(EvaluationRow(round_id=row.id, device_id=update.device_id, lease_ends_unix_seconds=lease_ends))
-    row.enter("evaluating", now)
+    move_round(row, RoundTransition.EVALUATE, now)
     session.flush()
 
 

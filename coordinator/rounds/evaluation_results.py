@@ -4,12 +4,12 @@ import logging
 
 from coordinator.house import House
 from coordinator.rounds.devices import get_device
-from coordinator.rounds.losses import MAX_EXAMPLES
 from coordinator.rounds.rounds import advance, get_round, get_run
 from coordinator.rounds.slots import Address, require_open
 from coordinator.store.tables import EvaluationRow
 from coordinator.view.last_acts import note_act
 from lamina.errors import RoundClosedError, UpdateRejectedError
+from lamina.federation.losses import MAX_EXAMPLES
 from lamina.wire import Accepted, Evaluation
 
 log = logging.getLogger("lamina.coordinator")

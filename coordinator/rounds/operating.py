@@ -19,6 +19,7 @@ from coordinator.house import House
 from coordinator.rounds.rounds import advance, count_updates, current_round, get_run, is_calibrated
 from coordinator.rounds.stages import ends_with, next_stage
 from coordinator.rounds.timeline import make_up_for
+from coordinator.rounds.transitions import move_round, move_run
 from coordinator.store.snapshots import Position, forget, kept_rounds, read_snapshot
 from coordinator.store.tables import (
     CalibrationRow,
@@ -33,6 +34,7 @@ from coordinator.store.tables import (
 from coordinator.store.weights import name_rule_state, name_weights
 from coordinator.view.history import note
 from lamina.errors import BundleError, ConfigError
+from lamina.federation.state import RoundTransition, RunTransition
 from lamina.wire import HistoryEntry, RunCommand
 
 
@@ -53,14 +55,14 @@ def operate(house: House, run_id: str, command: RunCommand, who: str) -> History
             case "pause":
                 _require(run, "pause", ("running", "paused"))
                 if run.state == "running":
-                    run.stop("paused", command.reason, now)
+                    move_run(run, RunTransition.PAUSE, now, command.reason)
             case "resume":
                 _require(run, "resume", ("paused", "failed", "running"))
                 _resume(house, session, run, now)
             case "cancel":
                 _require(run, "cancel", ("running", "paused", "failed", "cancelled"))
                 if run.state != "cancelled":
-                    run.stop("cancelled", command.reason, now)
+                    move_run(run, RunTransition.CANCEL, now, command.reason)
                 given_up = [row.id] if (row := current_round(session, run)) else []
             case "close_round":
                 _require(run, "close a round of", ("running",))
@@ -104,7 +106,7 @@ def _resume(house: House, session: Session, run: RunRow, now: float) -> None:
             if session.get(UpdateRow, (row.id, place.device_id)) is None:
                 session.delete(place)
         house.trouble.pop(row.id, None)
-    run.stop("", "", now)
+    move_run(run, RunTransition.RESUME, now)
 
 
 def _close_round(house: House, session: Session, run: RunRow, command: RunCommand, now: float) -> str:
@@ -124,7 +126,7 @@ def _close_round(house: House, session: Session, run: RunRow, command: RunComman
                 f"round {row.round} of stage {row.stage} of {run.id} has no update yet, and a round closes with at least one; "
                 "wait for one, or cancel the run"
             )
-        row.enter("aggregating", now)
+        move_round(row, RoundTransition.COMPLETE, now)
         return f"round {row.round} of stage {row.stage} closed with {updates} updates"
     if row.phase == "evaluating" or (row.phase == "calibrating" and not is_calibrated(session, row)):
         phase = row.phase
@@ -166,10 +168,10 @@ def _roll_back(house: House, session: Session, run: RunRow, command: RunCommand,
     session.execute(delete(TeacherRow).where(TeacherRow.run_number == run.number, TeacherRow.stage > max(target[0], 0)))
     name_weights(session, run, blobs)
     name_rule_state(session, run, "")
-    run.stage, run.round, run.since_unix_seconds, run.is_finished = max(target[0], 0), target[1] + 1, now, False
+    run.stage, run.round, run.since_unix_seconds = max(target[0], 0), target[1] + 1, now
     run.undone_round_id = max([run.undone_round_id, *undone_ids])
-    if run.halt == "failed":
-        run.stop("", "", now)
+    if run.state in RunTransition.TAKE_BACK.sources:
+        move_run(run, RunTransition.TAKE_BACK, now)
     session.flush()
     last = next((row for row in rows if (row.stage, row.round) == target), None)
     if last is not None and ends_with(session, manifest.plan, last):

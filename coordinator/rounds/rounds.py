@@ -26,10 +26,13 @@ from coordinator.rounds.cohort import start_round
 from coordinator.rounds.evaluating import awaited_evaluations, begin_evaluation
 from coordinator.rounds.stages import early_end, ends_with, next_stage
 from coordinator.rounds.timeline import DEADLINES_UNTIL_FAILURE, deadline_of, mend, tenure_of
+from coordinator.rounds.transitions import move_round, move_run
 from coordinator.store.snapshots import keep_snapshot
 from coordinator.store.tables import CalibrationRow, DeviceRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from coordinator.view.history import note
 from lamina.errors import RoundClosedError, UnknownNameError
+from lamina.federation.state import RoundTransition, RunTransition
+from lamina.federation.synchronous import SyncRounds
 
 log = logging.getLogger("lamina.coordinator")
 
@@ -56,10 +59,8 @@ def _advance(house: House, session: Session, run: RunRow, now: float) -> None:
             return
 
         if row.phase == "training":
-            updates = count_updates(session, row)
-            is_past_deadline = now >= deadline_of(row, plan.cohort)
-            if updates == plan.cohort.size or (is_past_deadline and updates >= plan.cohort.min_updates):
-                row.enter("aggregating", now)
+            if SyncRounds(plan).closes(count_updates(session, row), now - row.since_unix_seconds):
+                move_round(row, RoundTransition.COMPLETE, now)
             elif reason := why_it_never_closes(house, session, run, row, now):
                 fail(house, session, run, reason, now)
             return
@@ -76,7 +77,7 @@ def _advance(house: House, session: Session, run: RunRow, now: float) -> None:
         if row.phase == "evaluating":
             if awaited_evaluations(house, session, run, row, now):
                 return
-            row.enter("closed", now)
+            move_round(row, RoundTransition.CLOSE, now)
             keep_snapshot(house, session, run, row)
             log.info("%s: round %d of stage %d is closed", run.id, run.round, run.stage)
 
@@ -114,7 +115,7 @@ def why_it_never_closes(house: House, session: Session, run: RunRow, row: RoundR
 def fail(house: House, session: Session, run: RunRow, reason: str, now: float) -> None:
     """Ends a run that cannot go on, and frees its devices."""
     note(house, session, "fail", run.state, "failed", run=run, detail=reason)
-    run.stop("failed", reason, now)
+    move_run(run, RunTransition.FAIL, now, reason)
     log.error("%s has failed: %s", run.id, reason)
 
 

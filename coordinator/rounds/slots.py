@@ -5,18 +5,15 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
-from coordinator.rounds.modalities import from_text
 from coordinator.rounds.rounds import get_round, get_run
 from coordinator.rounds.waiting import describe_halt
 from coordinator.store.tables import CalibrationRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from lamina.bundles.manifest import Manifest
 from lamina.errors import RoundClosedError, UpdateRejectedError
+from lamina.federation.content import MAX_DIFFERENCE
+from lamina.federation.modalities import from_text
 from lamina.plans.segments import TensorSpec
 from lamina.record import Record
-
-MAX_DIFFERENCE = 1e4
-"""No value of a difference may be larger, nor one times the server's learning rate. Weights are of the order of 1, so a
-training that moves one so far within a round has diverged: no honest device comes near."""
 
 
 class Address(Record):

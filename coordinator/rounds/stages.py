@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from coordinator.rounds.losses import mean_by_examples
-from coordinator.rounds.modalities import from_text, is_measured_alike
-from coordinator.rounds.self_tuning import has_stalled
+from coordinator.rounds.transitions import move_run
 from coordinator.store.old_messages import read_stored
 from coordinator.store.tables import EvaluationRow, RoundRow, RunRow, TeacherRow, UpdateRow, WeightRow
 from lamina.bundles.manifest import Manifest
+from lamina.federation.assignment import teacher_segments
+from lamina.federation.losses import mean_by_examples
+from lamina.federation.modalities import from_text, is_measured_alike
+from lamina.federation.policy import Position
+from lamina.federation.state import RunTransition
+from lamina.federation.synchronous import SyncRounds
 from lamina.plans.plan import Plan
 from lamina.wire import Evaluation, TrainReport
 
@@ -27,9 +31,8 @@ def ends_with(session: Session, plan: Plan, row: RoundRow) -> bool:
 
     With the measure `test_loss` they say so only once the round is evaluated.
     """
-    if row.round + 1 == plan.stages[row.stage].rounds:
-        return True
-    return plan.self_tuning is not None and has_stalled(stage_losses(session, plan, row), plan.self_tuning)
+    losses = stage_losses(session, plan, row) if plan.self_tuning is not None else []
+    return SyncRounds(plan).ends_stage(Position(row.stage, row.round), losses)
 
 
 def stage_losses(session: Session, plan: Plan, row: RoundRow) -> list[float]:
@@ -53,12 +56,13 @@ def next_stage(session: Session, manifest: Manifest, run: RunRow, now: float) ->
     if ended := early_end(session, manifest.plan, run.number, run.stage):
         log.info("%s: %s", run.id, ended)
     if run.stage + 1 == len(manifest.plan.stages):
-        run.is_finished = True
+        move_run(run, RunTransition.FINISH, now)
         log.info("%s is finished", run.id)
         return
     run.stage, run.round, run.since_unix_seconds = run.stage + 1, 0, now
-    if needs_teacher(manifest, run.stage):
-        _remember_teacher(session, manifest, run)
+    for name in teacher_segments(manifest, run.stage):
+        blob = session.get_one(WeightRow, (run.number, name)).blob
+        session.add(TeacherRow(run_number=run.number, stage=run.stage, segment=name, blob=blob))
 
 
 def early_end(session: Session, plan: Plan, run_number: int, stage: int) -> str:
@@ -75,22 +79,6 @@ def early_end(session: Session, plan: Plan, run_number: int, stage: int) -> str:
         f"stage {stage} ended after {rounds} of {planned} rounds: {tuning.measure.replace('_', ' ')} did not improve{share} "
         f"in {tuning.patience} {counted}"
     )
-
-
-def needs_teacher(manifest: Manifest, stage: int) -> bool:
-    """Whether a program that trains this stage compares with the model at the end of the stage before."""
-    programs = manifest.stages[stage]
-    trains = [*programs.train.values(), *(digest for part in programs.partial for digest in part.train.values())]
-    return any(reference.kind == "teacher" for digest in trains for reference in manifest.programs[digest].references)
-
-
-def _remember_teacher(session: Session, manifest: Manifest, run: RunRow) -> None:
-    """Those active segments of the stage that were part of the model before it: norms and heads, in layer-wise stages."""
-    before = manifest.plan.stages[run.stage - 1]
-    for name in manifest.plan.stages[run.stage].active:
-        if name in before.active or name in before.frozen:
-            blob = session.get_one(WeightRow, (run.number, name)).blob
-            session.add(TeacherRow(run_number=run.number, stage=run.stage, segment=name, blob=blob))
 
 
 def _train_losses(session: Session, plan: Plan, round_id: int) -> Iterator[tuple[float, int]]:

@@ -5,28 +5,23 @@ that is refused leaves a byte behind, and a refusal never costs a device its pla
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
-from math import fsum, inf, sqrt
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
 from coordinator.rounds.devices import get_device
-from coordinator.rounds.losses import MAX_EXAMPLES
 from coordinator.rounds.rounds import advance, get_run
-from coordinator.rounds.slots import MAX_DIFFERENCE, Address, Expected, find_slot
+from coordinator.rounds.slots import Address, Expected, find_slot
 from coordinator.store.incoming import Incoming
 from coordinator.store.tables import CalibrationRow, PlaceRow, UpdateRow
 from coordinator.view.last_acts import note_act
 from lamina.encoding.compression import Compression, decompress_stream
-from lamina.encoding.tensors import Encoding, decode_one_by_one, file_encoding, max_file_bytes
+from lamina.encoding.tensors import Encoding, file_encoding, max_file_bytes
 from lamina.errors import HashMismatchError, TensorFileError, UpdateRejectedError
-from lamina.plans.segments import TensorSpec
+from lamina.federation.content import Content, check_content
+from lamina.federation.losses import MAX_EXAMPLES
 from lamina.wire import Accepted, TrainReport
 
 log = logging.getLogger("lamina.coordinator")
@@ -101,33 +96,6 @@ def accept_update(
                 log.info("%s: update of %s accepted", address.text, device.name)
                 advance(house, session, slot.run, house.clock())
     return _accepted(address, digest)
-
-
-class Content(NamedTuple):
-    """The decoded values of an update: a sha256 over them, the same for every encoding of them, and their L2 norm."""
-
-    sha256: str
-    norm: float
-
-
-def check_content(path: str, specs: list[TensorSpec], max_difference: float = MAX_DIFFERENCE) -> Content:
-    """Reads an update with one tensor resident at a time. Raises TensorFileError."""
-    content = sha256()
-    squares = []
-    for name, value in decode_one_by_one(path, specs):
-        largest = float(np.abs(value).max(initial=0.0))
-        if largest > max_difference:
-            raise TensorFileError(f"tensor {name!r} holds {largest:g}, above {max_difference:g}: the training diverged")
-        content.update(name.encode() + b"\0")
-        content.update(value.tobytes())
-        squares.append(float(np.square(value, dtype=np.float64).sum()))
-    return Content(content.hexdigest(), sqrt(fsum(squares)))
-
-
-def check_accepted(path: Path, content_sha256: str, specs: Sequence[TensorSpec]) -> None:
-    """Raises TensorFileError unless the file of an accepted update still holds the very values that were accepted."""
-    if check_content(str(path), list(specs), inf).sha256 != content_sha256:
-        raise TensorFileError(f"the accepted update {path.name} is damaged on the coordinator's disk: it holds other values")
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from lamina.bounds import MAX_COUNT, MAX_LOSS, MAX_SECONDS
 from lamina.bundles.manifest import EngineName
 from lamina.encoding.compression import Compression
 from lamina.encoding.tensors import Encoding
+from lamina.federation.state import RoundPhase
 from lamina.wire import DeviceRole, RunState
 
 SCHEMA_VERSION = 6
@@ -84,9 +85,6 @@ UPGRADES: dict[int, tuple[str, ...]] = {
     5: ("ALTER TABLE runs ADD COLUMN rule_state TEXT NOT NULL DEFAULT ''",),
 }
 """What turns the tables of a version into those of the next; new tables are made by themselves."""
-
-RoundPhase = Literal["training", "aggregating", "calibrating", "evaluating", "closed"]
-
 
 Halt = Literal["", "paused", "cancelled", "failed"]
 
@@ -187,10 +185,6 @@ class RunRow(Base):
         """It has no more work for anybody."""
         return self.state not in ("running", "paused")
 
-    def stop(self, halt: Halt, reason: str, now: float) -> None:
-        """Empty: it goes on."""
-        self.halt, self.halt_reason, self.halted_unix_seconds = halt, reason, now if halt else None
-
 
 class WeightRow(Base):
     """The newest weights of a segment in a run: initial, or as last aggregated."""
@@ -267,9 +261,6 @@ class RoundRow(Base):
     @property
     def text(self) -> str:
         return f"round {self.round} of stage {self.stage}"
-
-    def enter(self, phase: RoundPhase, now: float) -> None:
-        self.phase, self.since_unix_seconds = phase, now
 
 
 class VariantRow(Base):

@@ -6,14 +6,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
-from coordinator.rounds.modalities import from_text, is_measured_alike
 from coordinator.rounds.rounds import is_calibrated
 from coordinator.rounds.stages import early_end
-from coordinator.rounds.terms import Terms, shortfall
 from coordinator.store.old_messages import read_stored
 from coordinator.store.tables import SHOWN_NAME, DeviceRow, EvaluationRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from lamina.bundles.manifest import Manifest
 from lamina.federation.influence import MOST_MEDIANS, Size, count_within_bounds
+from lamina.federation.modalities import from_text, is_measured_alike
+from lamina.federation.terms import Terms, shortfall
 from lamina.plans.plan import Plan
 from lamina.wire import Evaluation
 

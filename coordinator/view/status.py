@@ -6,14 +6,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from coordinator.house import House
-from coordinator.rounds.losses import mean_by_examples
-from coordinator.rounds.modalities import from_text, is_measured_alike
 from coordinator.rounds.rounds import get_run
 from coordinator.rounds.waiting import describe, describe_round
 from coordinator.store.old_messages import read_stored
 from coordinator.store.tables import SHOWN_NAME, DeviceRow, EvaluationRow, RoundRow, RunRow, UpdateRow, WeightRow
 from coordinator.view.notes import last_end, notes_of
 from lamina.encoding.tensors import ENCODINGS
+from lamina.federation.losses import mean_by_examples
+from lamina.federation.modalities import from_text, is_measured_alike
 from lamina.wire import DeviceReport, Evaluation, RoundStatus, RunList, RunStatus, TrainReport
 
 

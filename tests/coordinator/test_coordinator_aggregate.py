@@ -9,10 +9,10 @@ from coordinator_harness import InProcess, make_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coordinator.rounds.losses import MAX_EXAMPLES
-from coordinator.rounds.updates import check_content
 from lamina.encoding.tensors import ENCODINGS, Encoding, encode
 from lamina.federation.aggregation import Contribution, aggregate
+from lamina.federation.content import check_content
+from lamina.federation.losses import MAX_EXAMPLES
 from lamina.federation.rules import Mean, Rule
 from lamina.federation.rules.adam import Adam
 from lamina.federation.rules.momentum import Momentum

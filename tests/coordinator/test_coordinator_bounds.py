@@ -9,10 +9,10 @@ from coordinator_harness import REPORT, Device, InProcess, make_bundle, problem_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.rounds.losses import MAX_EXAMPLES
-from coordinator.rounds.slots import MAX_DIFFERENCE
 from lamina.encoding.tensors import encode
+from lamina.federation.content import MAX_DIFFERENCE
 from lamina.federation.influence import MOST_MEDIANS, Size, count_within_bounds
+from lamina.federation.losses import MAX_EXAMPLES
 from lamina.plans.plan import Cohort
 from lamina.plans.segments import TensorSpec
 from lamina.wire import Assignment

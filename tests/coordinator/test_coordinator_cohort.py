@@ -7,7 +7,7 @@ from coordinator_harness import FakeClock, InProcess, make_bundle, work_until_fi
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.rounds.cohort import draw_cohort
+from lamina.federation.policy import draw_cohort
 from lamina.plans.depth import drawn_prefix
 from lamina.plans.plan import Cohort
 from lamina.wire import Assignment

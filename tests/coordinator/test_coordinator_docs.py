@@ -9,14 +9,14 @@ from coordinator_harness import InProcess
 
 from coordinator.http import bodies
 from coordinator.http.problems import STATUS_OF_CODE, TITLES
-from coordinator.rounds.losses import MAX_EXAMPLES
-from coordinator.rounds.updates import MAX_DIFFERENCE
 from coordinator.settings import Settings
 from lamina import wire
 from lamina.bounds import MAX_ITEMS, MAX_LAYERS, MAX_ROUNDS, MAX_SEGMENTS, MAX_STAGES
 from lamina.bundles.signing import signed_message
 from lamina.digests import CONTENT_DIGEST
 from lamina.errors import all_errors
+from lamina.federation.content import MAX_DIFFERENCE
+from lamina.federation.losses import MAX_EXAMPLES
 from lamina.record import Record
 from lamina.wire import MAX_JSON_BYTES, REPORT_HEADER, SIGNATURE_HEADER, SMALL_JSON_BYTES
 

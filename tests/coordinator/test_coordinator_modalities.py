@@ -17,8 +17,8 @@ from coordinator_harness import (
     work_until_finished,
 )
 
-from coordinator.rounds.modalities import from_text, largest_set, to_text
 from lamina.encoding.tensors import encode, hash_bytes
+from lamina.federation.modalities import from_text, largest_set, to_text
 from lamina.plans.model import Contrastive
 from lamina.plans.plan import Augmentation, Cohort, FeatureStore
 from lamina.wire import Refused, Wait

@@ -8,9 +8,9 @@ from coordinator_harness import REPORT, Device, InProcess, make_bundle, problem_
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.rounds.losses import MAX_EXAMPLES, mean_by_examples
-from coordinator.rounds.self_tuning import has_stalled
 from lamina.bounds import MAX_COUNT, MAX_LOSS
+from lamina.federation.losses import MAX_EXAMPLES, mean_by_examples
+from lamina.federation.self_tuning import has_stalled
 from lamina.plans.plan import Cohort, SelfTuning
 from lamina.wire import Assignment, RunStatus, TrainReport
 

@@ -23,11 +23,11 @@ from coordinator_harness import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.rounds.terms import Terms, agree, shortfall
 from coordinator.store.tables import SCHEMA_VERSION
 from lamina.cli.status import encodings_of, table_of
 from lamina.encoding.compression import compress, decompress
 from lamina.encoding.tensors import ENCODINGS, encode, hash_bytes, max_file_bytes
+from lamina.federation.terms import Terms, agree, shortfall
 from lamina.plans.plan import Cohort, Training
 from lamina.wire import Assignment, CheckIn
 
