@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -47,6 +47,10 @@ from lamina.plans.plan import Plan, Stage
 from lamina.wire import Assignment, Phase
 
 ReadWeights = Callable[[], dict[str, dict[str, Float32]]]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
 OnRound = Callable[["Round", ReadWeights], None]
 """Called after each round, with what reads the newest weights by segment."""
 CALIBRATOR = "calibrator"
@@ -76,6 +80,12 @@ class Round:
     train_cpu_seconds: float
     evaluate_cpu_seconds: float
 
+    @property
+    def line(self) -> str:
+        """The round in a line."""
+        tested = "" if self.test_accuracy is None else f", test accuracy {self.test_accuracy:.3f}"
+        return f"stage {self.stage}, round {self.round}: train loss {self.train_loss:.3f}{tested}"
+
 
 @dataclass(frozen=True)
 class SimulationResult:
@@ -97,6 +107,18 @@ class SimulationResult:
     def test_accuracy(self) -> float | None:
         """Of the final weights; None if they were not evaluated."""
         return self.rounds[-1].test_accuracy if self.rounds else None
+
+    def table(self) -> "Table":
+        """A row for each round, as a table of rich; a notebook shows it as it is."""
+        from benchmarks.simulate.shown import table_of
+
+        return table_of(self)
+
+    def plot(self) -> "Figure":
+        """Loss and accuracy over the rounds, with the stages, as a figure of matplotlib."""
+        from benchmarks.simulate.shown import figure_of
+
+        return figure_of(self)
 
     def bytes_of(self, device: str) -> tuple[int, int]:
         """(down, up) of one device over the whole run."""

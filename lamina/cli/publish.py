@@ -1,11 +1,12 @@
 """`lamina publish`: give a bundle to a coordinator."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lamina.cli.progress import counting
+from lamina.cli.progress import Count, counting
 
 
 def publish(
@@ -25,26 +26,16 @@ def publish(
     Prints the name of the new run. Publishing the same bundle again sends no blob twice and starts another run. The bundle
     must be signed by a key of this machine, or by one that was trusted with `lamina key trust`.
     """
-    from lamina.bundles.bundle import read_bundle
-    from lamina.bundles.keys import users_trust
-    from lamina.client import Client, read_token
+    from lamina import api
 
-    token = read_token(token_file)
-    with Client(url, token) as client:
-        with counting("verify") as show:
-            manifest = read_bundle(
-                bundle,
-                lambda done, total: show("verify", done, total),
-                trust=users_trust(allow_unsigned),
-                tell=lambda line: typer.echo(line, err=True),
-            )
-        total_bytes, sent_bytes = sum(manifest.blobs.values()), 0
-        with counting("send", is_bytes=True) as show:
+    shown: dict[str, Count] = {}
+    with ExitStack() as bar:
 
-            def sent(count: int) -> None:
-                nonlocal sent_bytes
-                sent_bytes += count
-                show("send", sent_bytes, total_bytes)
+        def show(part: str, done: int, total: int) -> None:
+            if part not in shown:
+                bar.close()  # a terminal shows one bar at a time
+                shown[part] = bar.enter_context(counting(part, is_bytes=part == "send"))
+            shown[part](part, done, total)
 
-            published = client.publish(bundle, manifest, sent)
-    typer.echo(published.run)
+        run = api.publish(bundle, url, token_file, allow_unsigned, show, lambda line: typer.echo(line, err=True))
+    typer.echo(run)

@@ -19,9 +19,7 @@ def pull(
 
     `lamina assemble` makes a deployable model of them. A run need not be finished.
     """
-    from lamina.client import Client, read_token
+    from lamina import api
 
-    with Client(url, read_token(token_file)) as client:
-        status = client.run(run)
-        client.pull_weights(status, out)
+    status = api.pull(url, run, out, token_file)
     typer.echo(f"{len(status.weights)} segments of {run} ({status.detail}) are in {out}")
