@@ -16,10 +16,9 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Adaptive(MeanRule):
-    """What FedAdam and FedYogi share."""
+    """What the adaptive rules share."""
 
     beta1: Decay = 0.9
-    beta2: Decay = 0.99
     tau: Annotated[float, Field(ge=1e-9, le=1)] = 1e-3
     slots = ("m", "v")
 
@@ -45,6 +44,7 @@ class Adaptive(MeanRule):
 
 class Adam(Adaptive):
     rule: Literal["adam"] = "adam"
+    beta2: Decay = 0.99
 
     def second_moment(self, v: Float64, square: Float64) -> Float64:
         return self.beta2 * v + (1 - self.beta2) * square

@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from lamina.federation.rules.adam import Adaptive
+from lamina.federation.rules.adam import Adaptive, Decay
 from lamina.federation.rules.base import Float64
 
 
@@ -12,6 +12,7 @@ class Yogi(Adaptive):
     """v moves by the same step up and down, so a single large round is forgotten slowly."""
 
     rule: Literal["yogi"] = "yogi"
+    beta2: Decay = 0.99
 
     def second_moment(self, v: Float64, square: Float64) -> Float64:
         moved: Float64 = v - (1 - self.beta2) * square * np.sign(v - square)
