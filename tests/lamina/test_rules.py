@@ -13,6 +13,7 @@ from lamina.encoding.tensors import decode_any, encode, hash_bytes
 from lamina.errors import ConfigError
 from lamina.federation.aggregation import Contribution, aggregate
 from lamina.federation.rules import RULES, Mean, Rule
+from lamina.federation.rules.adagrad import Adagrad
 from lamina.federation.rules.adam import Adam
 from lamina.federation.rules.clipped_mean import ClippedMean
 from lamina.federation.rules.median import Median
@@ -44,13 +45,13 @@ def of_momentum(updates, kept, rate):
     return {name: rate * kept[name] for name in updates[0][0]}
 
 
-def adaptive(second: Callable[[Any, Any], Any]) -> Reference:
+def adaptive(second: Callable[[Any, Any], Any], beta1: float = 0.9) -> Reference:
     def of_adaptive(updates, kept, rate):
         added = {}
         for name in updates[0][0]:
             m, v = kept.get(name, (0.0, 1e-6))
             mean = weighted(updates, name)
-            kept[name] = m, v = 0.9 * m + 0.1 * mean, second(v, mean**2)
+            kept[name] = m, v = beta1 * m + (1 - beta1) * mean, second(v, mean**2)
             added[name] = rate * m / (np.sqrt(v) + 1e-3)
         return added
 
@@ -85,6 +86,7 @@ CASES: dict[str, tuple[Rule, float, Reference]] = {
     "momentum": (Momentum(), 0.7, of_momentum),
     "adam": (Adam(), 0.01, adaptive(lambda v, square: 0.99 * v + 0.01 * square)),
     "yogi": (Yogi(), 0.01, adaptive(lambda v, square: v - 0.01 * square * np.sign(v - square))),
+    "adagrad": (Adagrad(), 0.01, adaptive(lambda v, square: v + square, beta1=0.0)),
     "trimmed_mean": (TrimmedMean(trim=0.3), 0.7, of_trimmed),
     "median": (Median(), 0.7, of_median),
     "clipped_mean": (ClippedMean(clip=0.5), 0.7, of_clipped),
