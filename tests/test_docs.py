@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.demo.plan import MODEL, blended, demo_plan
-from lamina.cli.reference import PAGE, render, verbs
+from lamina.cli.reference import PAGE, SCHEMA, render, render_schema, verbs
 from lamina.plans import model, plan
 from lamina.plans.plan import Plan
 from lamina.record import Record
@@ -84,3 +84,7 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page, link in links:
         if "://" not in link:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_schema_of_the_wire_is_that_of_the_code() -> None:
+    assert SCHEMA.read_text() == render_schema(), "run `make docs`"

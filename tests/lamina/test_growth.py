@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 
 from benchmarks.demo.plan import MODEL, blended, demo_plan
 from lamina import wire
+from lamina.cli.reference import SCHEMA, messages
 from lamina.plans.model import ModelDescription
 from lamina.plans.plan import Plan, StrategyName
 from lamina.record import Record
@@ -91,3 +92,25 @@ MESSAGES: list[Record] = [
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_an_old_device_and_an_old_coordinator_read_todays_messages(message: Record):
     old_reader("wire.schema.json", type(message).__name__).validate(json.loads(message.model_dump_json()))
+
+
+def todays_schema(message: str) -> Draft202012Validator:
+    schema = json.loads(SCHEMA.read_text())
+    return Draft202012Validator({"$ref": f"#/$defs/{message}", "$defs": schema["$defs"]})
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_the_schema_for_other_languages_takes_todays_messages_and_no_others(message: Record):
+    """With all fields and with those alone that are not at their defaults; an unknown key, or a bound passed, is refused."""
+    schema = todays_schema(type(message).__name__)
+    for values in (json.loads(message.model_dump_json()), message.model_dump(mode="python")):
+        schema.validate(json.loads(json.dumps(values)))
+    values = json.loads(message.model_dump_json())
+    assert not schema.is_valid(values | {"not_yet": 1})
+    for field, value in values.items():
+        wrong = [] if isinstance(value, str | int | float) else "no"
+        assert not schema.is_valid(values | {field: wrong}), field
+
+
+def test_the_schema_has_every_message():
+    assert len(messages()) == 25 and {kind.__name__ for kind in messages()} <= set(json.loads(SCHEMA.read_text())["$defs"])
