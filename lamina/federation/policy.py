@@ -5,9 +5,9 @@ the devices, keeps the clock and does what the policy says.
 """
 
 from collections.abc import Iterable, Sequence
-from random import Random
 from typing import NamedTuple, Protocol
 
+from lamina.encoding.rng import Stream
 from lamina.federation.influence import Counted, Size
 
 
@@ -52,4 +52,5 @@ class RoundPolicy(Protocol):
 
 def draw_cohort(names: Iterable[str], size: int, seed: int, stage: int, round_number: int) -> list[str]:
     """`size` of these devices, uniformly and without replacement. The arguments alone decide, not the order of the names."""
-    return Random(f"{seed}/{stage}/{round_number}/cohort").sample(sorted(names), size)
+    ordered = sorted(names)
+    return [ordered[place] for place in Stream(f"{seed}/{stage}/{round_number}/cohort").shuffled(len(ordered))[:size]]

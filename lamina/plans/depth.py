@@ -1,8 +1,10 @@
 """Federated Depth Dropout: which frozen layers a device uses in a round (methods: FLL, section 3.1)."""
 
 from collections.abc import Sequence
-from random import Random
 
+import numpy as np
+
+from lamina.encoding.rng import Stream
 from lamina.plans.plan import DepthDropout
 
 
@@ -21,6 +23,7 @@ def drawn_prefix(
         return list(chain)
     which: str | int = round_number
     if dropout.pool is not None:
-        which = f"pool {Random(f'{seed}/{stage}/{round_number}/{device}/which').randrange(dropout.pool)}"
-    drawn = Random(f"{seed}/{stage}/{which}/{device}/depth").sample(range(1, len(layers)), room - 1)
-    return [chain[0], layers[0], *(layers[place] for place in sorted(drawn))]
+        number = Stream(f"{seed}/{stage}/{round_number}/{device}/which").below(np.array([dropout.pool]))[0]
+        which = f"pool {number}"
+    drawn = Stream(f"{seed}/{stage}/{which}/{device}/depth").shuffled(len(layers) - 1)[: room - 1]
+    return [chain[0], layers[0], *(layers[1 + place] for place in sorted(drawn))]

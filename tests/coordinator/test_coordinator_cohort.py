@@ -118,7 +118,7 @@ DROPOUT = {"depth_dropout": {"budget": 3}, "features": {"keep": "round"}}
 
 
 def test_a_device_gets_only_the_frozen_layers_that_were_drawn_for_it_and_evaluates_with_all(coordinator: InProcess) -> None:
-    bundle = make_bundle(rounds=[0, 0, 0, 0, 3], layers=5, training=DROPOUT, modalities=("image", "motion"), seed=5)
+    bundle = make_bundle(rounds=[0, 0, 0, 0, 3], layers=5, training=DROPOUT, modalities=("image", "motion"), seed=6)
     plan = bundle.manifest.plan
     stage = plan.stages[4]
     coordinator.publish(bundle)
@@ -132,7 +132,7 @@ def test_a_device_gets_only_the_frozen_layers_that_were_drawn_for_it_and_evaluat
             expected = set(stage.active)
             for modality in ("image", "motion"):
                 drawn = drawn_prefix(
-                    stage.frozen_chain(plan.model, modality), 1, plan.training.depth_dropout, 5, 4, number, name
+                    stage.frozen_chain(plan.model, modality), 1, plan.training.depth_dropout, plan.seed, 4, number, name
                 )
                 assert len(drawn) == 3 and drawn[:2] == [f"{modality}.stem", f"{modality}.layers.0"]
                 expected |= set(drawn)
