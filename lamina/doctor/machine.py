@@ -21,7 +21,7 @@ LITTLE_MEMORY_BYTES = 256 << 20
 def check_python(wanted: Requirement, version: str | None = None) -> Check:
     """Whether lamina's own metadata allows this Python."""
     version = version or platform.python_version()
-    allowed = ",".join(operator + bound for operator, bound in wanted.clauses)
+    allowed = str(wanted.versions)
     if wanted.is_met_by(version):
         return Check(name="Python", state="ok", found=f"{version} ({platform.machine()}); {allowed} is needed")
     return Check(

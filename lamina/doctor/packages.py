@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
+from packaging.utils import canonicalize_name
+
 from lamina.doctor.diagnosis import Check, RoleName, State
-from lamina.doctor.requirements import Requirement, normalise, parse
+from lamina.doctor.requirements import Requirement, parse
 
 ROLE_EXTRAS: dict[RoleName, str] = {"coordinator": "coordinator", "exporter": "export", "bench": "bench", "data": "data"}
 ENGINE_EXTRAS = ("executorch", "onnxruntime", "torch")
@@ -44,7 +46,7 @@ def _describe(distribution: Distribution) -> Installed | None:
     name = distribution.metadata["Name"]
     if not name:  # the rest of an interrupted installation
         return None
-    name = normalise(name)
+    name = canonicalize_name(name)
     is_shared = any(name == folder or name.startswith((f"{folder}-", f"{folder}_")) for folder in _SHARED_FOLDERS)
     files = {str(file) for file in distribution.files or ()} if is_shared else set()
     return Installed(
@@ -106,9 +108,9 @@ def _declared(source: Path) -> tuple[str, str, list[str]] | None:
     return project.get("version", "0"), project.get("requires-python", ""), lines
 
 
-def _same(lines: Iterable[str]) -> set[tuple[str, frozenset[tuple[str, str]], str]]:
+def _same(lines: Iterable[str]) -> set[tuple[str, str, str]]:
     """Requirements in a form that does not depend on how a build tool writes them."""
-    return {(each.name, frozenset(each.clauses), each.extra) for each in map(parse, lines)}
+    return {(each.name, str(each.versions), each.extra) for each in map(parse, lines)}
 
 
 def present_roles(found: Iterable[Installed], needs: Needs) -> list[RoleName]:
@@ -218,7 +220,7 @@ def check_torch(found: Iterable[Installed], needs: Needs) -> list[Check]:
         checks.append(Check(name="torch", state="ok", found=f"{torch.version}, {build}"))
     vision = have.get("torchvision")
     if vision is not None:
-        wanted = next((each for each in map(parse, vision.requires) if each.name == "torch" and each.clauses), None)
+        wanted = next((each for each in map(parse, vision.requires) if each.name == "torch" and each.versions), None)
         if wanted and not wanted.is_met_by(torch.version):
             checks.append(
                 Check(

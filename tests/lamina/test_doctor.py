@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from packaging.markers import Marker
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 from lamina.doctor import Check, machine, packages, probes
 from lamina.doctor.diagnosis import make_report
 from lamina.doctor.engines import check_engines, check_libraries
 from lamina.doctor.probes import EngineProbe, Shim
-from lamina.doctor.requirements import evaluate, parse, this_environment
+from lamina.doctor.requirements import parse
 from lamina.errors import ConfigError
 from lamina.names import ENGINES
 
@@ -59,39 +54,25 @@ def seen(folder: Path) -> tuple[list[packages.Installed], packages.Needs]:
     return found, needs
 
 
-VERSIONS = st.from_regex(r"\A[0-3](\.[0-9]{1,2}){0,3}((a|b|rc)[0-3])?(\+cpu)?\Z")
-CLAUSES = st.tuples(
-    st.sampled_from(["==", "!=", ">=", "<=", ">", "<"]), st.from_regex(r"\A[0-3](\.[0-9]{1,2}){0,2}((a|b|rc)[0-3])?\Z")
+@pytest.mark.parametrize(
+    ("text", "extra", "is_needed"),
+    [
+        ("numpy>=1.26", "", True),
+        ("numpy>=1.26", "export", False),
+        ('torch==2.13.0; extra == "export"', "export", True),
+        ('torch==2.13.0; extra == "export"', "", False),
+        ('torch==2.13.0; sys_platform == "none" and extra == "export"', "export", False),
+        ('torch==2.13.0; python_version < "9"', "export", False),
+    ],
 )
+def test_a_requirement_applies_to_its_extra_on_this_machine(text: str, extra: str, is_needed: bool) -> None:
+    assert parse(text).applies(extra) == is_needed
 
 
-@given(VERSIONS, st.lists(CLAUSES, max_size=3))
-def test_versions_satisfy_a_range_as_pip_says(version: str, clauses: list[tuple[str, str]]) -> None:
-    text = ",".join(operator + bound for operator, bound in clauses)
-
-    assert parse(f"some-package{text}").is_met_by(version) == SpecifierSet(text).contains(Version(version), prereleases=True)
-
-
-@pytest.mark.parametrize("text", ["~=2.10", "~=1.0", "==2.13.*", "!=2.0.*", "~=2.10.1"])
-@pytest.mark.parametrize("version", ["1", "1.9", "2", "2.0.5", "2.10", "2.10.3", "2.13.0+cpu", "2.14", "3"])
-def test_compatible_and_wildcard_ranges_are_read_as_pip_does(text: str, version: str) -> None:
-    assert parse(f"a{text}").is_met_by(version) == SpecifierSet(text).contains(version)
-
-
-@given(
-    st.sampled_from(["python_version", "python_full_version", "sys_platform", "platform_machine", "extra"]),
-    st.sampled_from(["==", "!=", "<", ">="]),
-    st.sampled_from(["3.9", "3.11", "3.13", "linux", "x86_64", "darwin", "export"]),
-    st.sampled_from(["and", "or"]),
-)
-def test_markers_are_read_as_pip_does(name: str, operator: str, value: str, joint: str) -> None:
-    if name in ("sys_platform", "platform_machine", "extra") and operator not in ("==", "!="):
-        operator = "=="
-    if name.startswith("python") and not value.startswith("3"):
-        value = "3.12"
-    text = f'(extra == "export" {joint} os_name != "nt") and {name} {operator} "{value}"'
-
-    assert evaluate(text, this_environment() | {"extra": "export"}) == Marker(text).evaluate({"extra": "export"})
+def test_a_pre_release_and_a_local_build_of_a_version_will_do() -> None:
+    assert parse("Some_Package>=2.0").name == "some-package"
+    assert parse("a>=2.0").is_met_by("2.1rc1") and parse("a==2.13.0").is_met_by("2.13.0+cpu")
+    assert not parse("a>=2.0").is_met_by("no version") and parse("a").is_met_by("no version")
 
 
 @pytest.mark.parametrize("text", ["", "==1", "numpy >>1", "numpy==1 2"])
@@ -455,7 +436,7 @@ def test_the_base_install_alone_is_looked_at_and_is_no_device_yet(tmp_path: Path
     put_lamina(site)
     names = ["numpy", "httpx", "httpcore", "h11", "anyio", "certifi", "idna", "sniffio", "pydantic", "pydantic_core", "typer"]
     names += ["typing_extensions", "typing_inspection", "annotated_types", "annotated_doc", "click", "rich", "pygments"]
-    names += ["markdown_it", "mdurl", "shellingham", "safetensors", "numpy.libs"]
+    names += ["markdown_it", "mdurl", "shellingham", "safetensors", "numpy.libs", "packaging"]
     import numpy
 
     real = Path(numpy.__file__).parents[1]
