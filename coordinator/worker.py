@@ -63,8 +63,10 @@ class Worker:
             yield
 
     def _run(self) -> None:
-        while not self._is_stopping:
+        while True:
             self._awake.clear()
+            if self._is_stopping:  # after the flag is lowered: `stop` says so before it raises it
+                return
             try:
                 self.work()
                 seconds = self._seconds_until_next()

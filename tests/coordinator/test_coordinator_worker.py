@@ -62,6 +62,23 @@ def test_what_becomes_due_while_the_worker_looks_is_done_without_another_request
     poll(lambda: phase(coordinator) == "closed")
 
 
+def test_a_stop_at_any_moment_ends_the_worker_at_once(coordinator: InProcess) -> None:
+    """The moment between two turns too: what raised the flag just before it is lowered is not forgotten."""
+    worker = coordinator.app.state.worker
+
+    class Lowered(threading.Event):
+        def clear(self) -> None:
+            if not worker._is_stopping:
+                worker._is_stopping = True
+                self.set()
+            super().clear()
+
+    worker._awake = Lowered()
+    coordinator.start_worker()
+    worker._thread.join(SECONDS)
+    assert not worker._thread.is_alive()
+
+
 def test_a_deadline_passes_though_nobody_asks(coordinator: InProcess) -> None:
     coordinator.publish(
         make_bundle(rounds=[1, 0], cohort=Cohort(size=2, min_updates=1, deadline_seconds=0.5, lease_seconds=60))
