@@ -277,4 +277,4 @@ def test_the_source_of_the_shim_is_part_of_the_package():
     package_data = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["setuptools"][
         "package-data"
     ]
-    assert package_data == {"edge_client.engines": ["*.cpp"]}
+    assert package_data["edge_client.engines"] == ["*.cpp"]
