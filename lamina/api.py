@@ -125,9 +125,9 @@ def pull(url: str, run: str, out: Path | str, token_file: Path | str | None = No
     from lamina.client import Client, read_token
 
     with Client(url, read_token(_path(token_file))) as client:
-        found = client.run(run)
-        client.pull_weights(found, Path(out))
-        return found
+        newest = client.run(run)
+        client.pull_weights(newest, Path(out))
+        return newest
 
 
 def join(

@@ -1,10 +1,10 @@
 """A whole run in one process: what devices and coordinator do, without HTTP, other processes and waiting.
 
 The code that decides the result is that of the real parts: the exporter, `edge_client.talk.prepare` and
-`edge_client.train.trainer` with its feature cache, and of the coordinator the draw of a cohort, the terms, the bounds, the
-weighted mean and the end of a stage. So the same plan and data give the same final weights, to the bit, as
-`benchmarks.demo.federated.federated_run` (tests/benchmarks/test_simulation.py). Programs are loaded once for all devices, so a
-round of a hundred devices costs its arithmetic and little else.
+`edge_client.train.trainer` with its feature cache, and `lamina.federation`, which the coordinator asks too. So the same plan
+and data give the same final weights, to the bit, as `benchmarks.demo.federated.federated_run`
+(tests/benchmarks/test_simulation.py). Programs are loaded once for all devices, so a round of a hundred devices costs its
+arithmetic and little else.
 
 Bytes are those of the blobs and updates that a device would move: a blob that it still holds is not downloaded again, as in
 `edge_client.talk.blobs`. JSON messages are not counted. Memory is not measured here: one process stands for all devices.
@@ -39,18 +39,18 @@ from lamina.federation.content import check_content
 from lamina.federation.influence import Size
 from lamina.federation.losses import mean_by_examples
 from lamina.federation.modalities import is_measured_alike
+from lamina.federation.policies import policy_of
 from lamina.federation.policy import Position, draw_cohort
 from lamina.federation.rules.base import State
-from lamina.federation.synchronous import SyncRounds
 from lamina.federation.terms import agree
 from lamina.plans.plan import Plan, Stage
 from lamina.wire import Assignment, Phase
 
-ReadWeights = Callable[[], dict[str, dict[str, Float32]]]
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
+ReadWeights = Callable[[], dict[str, dict[str, Float32]]]
 OnRound = Callable[["Round", ReadWeights], None]
 """Called after each round, with what reads the newest weights by segment."""
 CALIBRATOR = "calibrator"
@@ -168,7 +168,7 @@ class Simulation:
         self._engine = SharedEngine(load_engine(engine))
         self._newest = SimulatedWeights(manifest, bundle, folder / "weights")
         self._rule_state: State = {}
-        self._policy = SyncRounds(manifest.plan)
+        self._policy = policy_of(manifest.plan)
         self._devices = {
             name: Device(name, file, folder / name, manifest, engine)
             for name, file in ((f"device-{index}", file) for index, file in enumerate(files))

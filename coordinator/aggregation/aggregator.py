@@ -27,8 +27,8 @@ from lamina.federation.aggregation import Contribution, aggregate
 from lamina.federation.content import check_accepted
 from lamina.federation.influence import Size
 from lamina.federation.modalities import from_text
+from lamina.federation.policies import policy_of
 from lamina.federation.state import RoundTransition
-from lamina.federation.synchronous import SyncRounds
 from lamina.files import raise_if_full
 
 log = logging.getLogger("lamina.coordinator")
@@ -120,7 +120,7 @@ def aggregate_round(house: House, round_id: int) -> None:
                 counted.scale,
                 update.norm or 0.0,
             )
-            for update, counted in zip(updates, SyncRounds(plan).weight(sizes), strict=True)
+            for update, counted in zip(updates, policy_of(plan).weight(sizes), strict=True)
         ]
     for contribution in contributions:
         check_accepted(contribution.path, contribution.content_sha256, contribution.specs or manifest.exchange_specs(stage))

@@ -28,7 +28,7 @@ from coordinator.view.last_acts import note_act
 from lamina.bundles.manifest import Manifest
 from lamina.errors import TensorFileError, UnknownNameError
 from lamina.federation.modalities import largest_set, to_text
-from lamina.federation.synchronous import SyncRounds
+from lamina.federation.policies import policy_of
 from lamina.federation.terms import agree
 from lamina.wire import Assignment, CardWanted, CheckIn, Refused, Wait
 
@@ -182,7 +182,7 @@ def _take_place(house: House, session: Session, run: RunRow, row: RoundRow, devi
     held = places(session, row)
     mine = session.get(PlaceRow, (row.id, device.id))
     if mine is None or mine.is_lost:
-        if not SyncRounds(plan).may_join(len(held)):
+        if not policy_of(plan).may_join(len(held)):
             silent = [place for place in held if _is_silent(session, place, now)]
             if not silent or (mine is not None and tenure_of(mine, cohort) <= now):
                 return None

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 
 from coordinator.house import House
 from coordinator.store.tables import DeviceRow, PlaceRow, RoundRow, RunRow
+from lamina.federation.policies import policy_of
 from lamina.federation.policy import Position
-from lamina.federation.synchronous import SyncRounds
 
 log = logging.getLogger("lamina.coordinator")
 
@@ -20,7 +20,7 @@ log = logging.getLogger("lamina.coordinator")
 def start_round(house: House, session: Session, run: RunRow, now: float) -> None:
     """Starts the round where the run stands, if enough devices are here."""
     plan = house.manifest(run.manifest).plan
-    policy = SyncRounds(plan)
+    policy = policy_of(plan)
     if not policy.may_start(count_here(house, session, run, now)):
         return
     row = RoundRow(id=_next_id(session), run_number=run.number, stage=run.stage, round=run.round, since_unix_seconds=now)

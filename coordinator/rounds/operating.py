@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from coordinator.house import House
 from coordinator.rounds.rounds import advance, count_updates, current_round, get_run, is_calibrated
-from coordinator.rounds.stages import ends_with, next_stage
+from coordinator.rounds.stages import move_on, what_follows
 from coordinator.rounds.timeline import make_up_for
 from coordinator.rounds.transitions import move_round, move_run
 from coordinator.store.snapshots import Position, forget, kept_rounds, read_snapshot
@@ -39,7 +39,7 @@ from lamina.wire import HistoryEntry, RunCommand
 
 
 def operate(house: House, run_id: str, command: RunCommand, who: str) -> HistoryEntry:
-    """Carries a command out. Not while a round is aggregated: the caller sees to that (`Aggregator.paused`).
+    """Carries a command out. Not while a round is aggregated: the caller sees to that (`Worker.paused`).
 
     Raises UnknownNameError, ConfigError for what cannot be done in the run's state, BundleError for weights that are lost.
     """
@@ -174,8 +174,8 @@ def _roll_back(house: House, session: Session, run: RunRow, command: RunCommand,
         move_run(run, RunTransition.TAKE_BACK, now)
     session.flush()
     last = next((row for row in rows if (row.stage, row.round) == target), None)
-    if last is not None and ends_with(session, manifest.plan, last):
-        next_stage(session, manifest, run, now)
+    if last is not None:
+        move_on(session, manifest, run, what_follows(session, manifest.plan, last), now)
     return undone_ids
 
 

@@ -3,7 +3,7 @@
     stage with 0 rounds     passed at once, its segments stay as they are
     no round                until enough devices are here; with `cohort.pool`, its cohort is then drawn (`rounds.cohort`)
     training                until every place has its update, or at the deadline with at least `min_updates`
-    aggregating             no more updates; the weighted mean is being made (`aggregation.aggregator`)
+    aggregating             no more updates; the new weights are being made (`aggregation.aggregator`)
     calibrating             only with `plan.calibration`: until the calibrator's update is applied (`aggregation.calibration`),
                             or, if none has come by the deadline, no longer
     evaluating              until every device that was asked has answered or its lease is over; none may be asked
@@ -24,15 +24,16 @@ from sqlalchemy.orm import Session
 from coordinator.house import House
 from coordinator.rounds.cohort import start_round
 from coordinator.rounds.evaluating import awaited_evaluations, begin_evaluation
-from coordinator.rounds.stages import early_end, ends_with, next_stage
+from coordinator.rounds.stages import early_end, move_on, what_follows
 from coordinator.rounds.timeline import DEADLINES_UNTIL_FAILURE, deadline_of, mend, tenure_of
 from coordinator.rounds.transitions import move_round, move_run
 from coordinator.store.snapshots import keep_snapshot
 from coordinator.store.tables import CalibrationRow, DeviceRow, PlaceRow, RoundRow, RunRow, UpdateRow
 from coordinator.view.history import note
 from lamina.errors import RoundClosedError, UnknownNameError
+from lamina.federation.policies import policy_of
+from lamina.federation.policy import Position
 from lamina.federation.state import RoundTransition, RunTransition
-from lamina.federation.synchronous import SyncRounds
 
 log = logging.getLogger("lamina.coordinator")
 
@@ -47,10 +48,10 @@ def advance(house: House, session: Session, run: RunRow, now: float) -> None:
 
 def _advance(house: House, session: Session, run: RunRow, now: float) -> None:
     manifest = house.manifest(run.manifest)
-    plan = manifest.plan
+    plan, policy = manifest.plan, policy_of(manifest.plan)
     while run.state == "running":
         if run.round == plan.stages[run.stage].rounds:
-            next_stage(session, manifest, run, now)
+            move_on(session, manifest, run, policy.next(Position(run.stage, run.round - 1), []), now)
             continue
 
         row = current_round(session, run)
@@ -59,7 +60,7 @@ def _advance(house: House, session: Session, run: RunRow, now: float) -> None:
             return
 
         if row.phase == "training":
-            if SyncRounds(plan).closes(count_updates(session, row), now - row.since_unix_seconds):
+            if policy.closes(count_updates(session, row), now - row.since_unix_seconds):
                 move_round(row, RoundTransition.COMPLETE, now)
             elif reason := why_it_never_closes(house, session, run, row, now):
                 fail(house, session, run, reason, now)
@@ -81,9 +82,8 @@ def _advance(house: House, session: Session, run: RunRow, now: float) -> None:
             keep_snapshot(house, session, run, row)
             log.info("%s: round %d of stage %d is closed", run.id, run.round, run.stage)
 
-        run.round, run.since_unix_seconds = run.round + 1, now
-        if ends_with(session, plan, row):
-            next_stage(session, manifest, run, now)
+        run.round += 1
+        move_on(session, manifest, run, what_follows(session, plan, row), now)
 
 
 def why_it_never_closes(house: House, session: Session, run: RunRow, row: RoundRow, now: float) -> str:

@@ -17,9 +17,9 @@ from lamina.bundles.manifest import Manifest
 from lamina.federation.assignment import teacher_segments
 from lamina.federation.losses import mean_by_examples
 from lamina.federation.modalities import from_text, is_measured_alike
+from lamina.federation.policies import policy_of
 from lamina.federation.policy import Position
 from lamina.federation.state import RunTransition
-from lamina.federation.synchronous import SyncRounds
 from lamina.plans.plan import Plan
 from lamina.wire import Evaluation, TrainReport
 
@@ -31,35 +31,48 @@ def ends_with(session: Session, plan: Plan, row: RoundRow) -> bool:
 
     With the measure `test_loss` they say so only once the round is evaluated.
     """
-    losses = stage_losses(session, plan, row) if plan.self_tuning is not None else []
-    return SyncRounds(plan).ends_stage(Position(row.stage, row.round), losses)
+    return policy_of(plan).ends_stage(Position(row.stage, row.round), stage_losses(session, plan, row))
+
+
+def what_follows(session: Session, plan: Plan, row: RoundRow) -> Position | None:
+    """What comes after a round that is closed; None: the run's end."""
+    return policy_of(plan).next(Position(row.stage, row.round), stage_losses(session, plan, row))
 
 
 def stage_losses(session: Session, plan: Plan, row: RoundRow) -> list[float]:
-    """What self-tuning measures, for each round of the stage up to this one. A round that nobody evaluated has no test loss,
-    and one of devices whose loss is another than the plan's (`is_measured_alike`) has none at all."""
+    """What self-tuning measures, for each round of the stage up to this one; nothing in a plan without.
+
+    A round that nobody evaluated has no test loss, and one of devices whose loss is another than the plan's
+    (`is_measured_alike`) has none at all.
+    """
+    if plan.self_tuning is None:
+        return []
     rounds = session.scalars(
         select(RoundRow.id)
         .where(RoundRow.run_number == row.run_number, RoundRow.stage == row.stage, RoundRow.round <= row.round)
         .order_by(RoundRow.round)
     ).all()
-    measure = _test_losses if plan.self_tuning is not None and plan.self_tuning.measure == "test_loss" else _train_losses
+    measure = _test_losses if plan.self_tuning.measure == "test_loss" else _train_losses
     measured = [list(measure(session, plan, round_id)) for round_id in rounds]
     return [mean_by_examples(losses) for losses in measured if losses]
 
 
-def next_stage(session: Session, manifest: Manifest, run: RunRow, now: float) -> None:
-    """Moves a run past the stage where it stands: to the next one, or to its end.
+def move_on(session: Session, manifest: Manifest, run: RunRow, to: Position | None, now: float) -> None:
+    """Moves a run to a round, or to its end.
 
     A finished run stays at its last stage and its number of rounds, so that its status still points at something that exists.
     """
-    if ended := early_end(session, manifest.plan, run.number, run.stage):
+    is_stage_over = to is None or to.stage != run.stage
+    if is_stage_over and (ended := early_end(session, manifest.plan, run.number, run.stage)):
         log.info("%s: %s", run.id, ended)
-    if run.stage + 1 == len(manifest.plan.stages):
+    if to is None:
+        run.since_unix_seconds = now
         move_run(run, RunTransition.FINISH, now)
         log.info("%s is finished", run.id)
         return
-    run.stage, run.round, run.since_unix_seconds = run.stage + 1, 0, now
+    run.stage, run.round, run.since_unix_seconds = to.stage, to.round, now
+    if not is_stage_over:
+        return
     for name in teacher_segments(manifest, run.stage):
         blob = session.get_one(WeightRow, (run.number, name)).blob
         session.add(TeacherRow(run_number=run.number, stage=run.stage, segment=name, blob=blob))

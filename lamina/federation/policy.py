@@ -12,7 +12,7 @@ from lamina.federation.influence import Counted, Size
 
 
 class Position(NamedTuple):
-    """A round of a stage, both counted from 0. `round` is the number of rounds where a stage is over."""
+    """A round of a stage, both counted from 0; round -1 is the moment before a stage's first one."""
 
     stage: int
     round: int
@@ -46,7 +46,8 @@ class RoundPolicy(Protocol):
         ...
 
     def next(self, position: Position, losses: Sequence[float]) -> Position | None:
-        """What comes after a round that is closed, or after a stage of no rounds (-1); None: the run is finished."""
+        """What comes after a round that is closed, or at the beginning of a stage; None: the run is finished. A stage may have
+        no rounds: then this is asked again."""
         ...
 
 

@@ -5,6 +5,7 @@
 d is the weighted mean of the differences. m begins at 0 and v at tau^2.
 """
 
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 import numpy as np
@@ -38,8 +39,9 @@ class Adaptive(MeanRule):
         slots["v"] = self.second_moment(slots["v"], mean**2)
         return slots["m"] / (np.sqrt(slots["v"]) + self.tau)
 
+    @abstractmethod
     def second_moment(self, v: Float64, square: Float64) -> Float64:
-        raise NotImplementedError
+        """v of the next round, from the square of the mean."""
 
 
 class Adam(Adaptive):

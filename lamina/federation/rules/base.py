@@ -9,6 +9,7 @@ again gives the same bits. Tensors that no update has keep weights and state, bi
 `server_learning_rate`, the eta of the formulas. A rule is a file of this folder, and nothing else has to know of it.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, Protocol
 
@@ -63,9 +64,9 @@ class Rule(Record):
         """Why this rule makes no sense with this server learning rate, and the way out."""
         return None
 
+    @abstractmethod
     def begin(self, specs: Sequence[TensorSpec], state: Mapping[str, Float32], rate: float) -> Accumulator:
         """Of `state`, tensors that are missing begin anew."""
-        raise NotImplementedError
 
 
 class MeanRule(Rule):
@@ -78,9 +79,9 @@ class MeanRule(Rule):
         """The value with which a slot begins."""
         return 0.0
 
+    @abstractmethod
     def direction(self, mean: Float64, slots: dict[str, Float64]) -> Float64:
         """What is added to the weights, times the rate. Replaces in `slots` what the next round needs."""
-        raise NotImplementedError
 
 
 class _Means:
@@ -129,9 +130,9 @@ class OrderRule(Rule):
     def weight(self, num_examples: int) -> float:
         return 1.0
 
+    @abstractmethod
     def middle(self, values: Float64) -> Float64:
         """(updates, values), ascending along the first axis -> (values,)."""
-        raise NotImplementedError
 
 
 class _Sorted:
