@@ -6,6 +6,7 @@ real `lamina serve` on a free port. Devices cannot tell the two apart.
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -339,6 +341,11 @@ class Device:
         content = iter([body]) if "Content-Length" in sent and sent["Content-Length"] is None else body
         return self.coordinator.http.put(path_of(assignment, "update", **address), content=content, headers=kept)
 
+    def send_to_the_dying(self, assignment: Assignment) -> None:
+        """Sends an update to a coordinator with a trap behind its acceptance, which may die before the answer is out."""
+        with contextlib.suppress(httpx.TransportError):
+            assert self.send(assignment).status_code == 200
+
     def evaluate(
         self, assignment: Assignment, correct: int = 3, num_examples: int = 4, loss: float = 1.0, **address: Any
     ) -> httpx.Response:
@@ -450,6 +457,15 @@ class _AppTransport(httpx.BaseTransport):
         self._runner.close()
 
 
+def dying_in(function: str) -> str:
+    """A trap for `Process`: power loss at the moment when the coordinator would call this function (`module.name`)."""
+    module, _, name = function.rpartition(".")
+    return (
+        f"import os, signal; import {module} as module\n"
+        f"module.{name} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+
+
 SERVE = "import typer; from lamina.cli.serve import serve; typer.run(serve)"
 """`lamina serve`, without the other verbs."""
 
@@ -461,10 +477,10 @@ class Process(Coordinator):
         self.state = state
         (state / "address").unlink(missing_ok=True)
         arguments = ["--state", str(state), "--port", "0", "--wait-seconds-min", "0.01", "--wait-seconds-max", "0.02"]
-        self._log = (state.parent / f"{state.name}.log").open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", f"{before}\n{SERVE}", *arguments], stdout=self._log, stderr=self._log
-        )
+        self._log = state.parent / f"{state.name}.log"
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen([sys.executable, "-c", f"{before}\n{SERVE}", *arguments], stdout=log, stderr=log)
+        weakref.finalize(self, _end, self.process)  # a test that fails leaves no process behind
         self.url = self._wait_for_address()
         self.http = httpx.Client(base_url=self.url, timeout=20)
 
@@ -477,7 +493,7 @@ class Process(Coordinator):
         return (self.state / "address").read_text().strip()
 
     def log(self) -> str:
-        return Path(self._log.name).read_text()
+        return self._log.read_text()
 
     def kill(self) -> None:
         """Ends the process as power loss does to it: at once."""
@@ -491,8 +507,12 @@ class Process(Coordinator):
     def join_process(self) -> int:
         code = self.process.wait(timeout=30)
         self.http.close()
-        self._log.close()
         return code
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait(timeout=30)
 
 
 def poll(what: Callable[[], bool], seconds: float = 20) -> None:

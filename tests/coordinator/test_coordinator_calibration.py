@@ -11,6 +11,7 @@ from coordinator_harness import (
     InProcess,
     Process,
     difference_of,
+    dying_in,
     make_bundle,
     poll,
     problem_of,
@@ -225,13 +226,6 @@ def test_a_bundle_without_calibration_programs_is_refused(coordinator: InProcess
     assert "wants calibration, and the bundle has no programs" in problem_of(answer, 422, "bundle")
 
 
-DIE_IN = """
-import os, signal
-import {module} as module
-module.{name} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
 @pytest.mark.parametrize(
     "name", ["coordinator.aggregation.aggregator.apply_calibration", "coordinator.aggregation.calibration.commit_calibration"]
 )
@@ -242,21 +236,19 @@ def test_a_kill_between_acceptance_and_the_calibrated_weights_gives_the_same_byt
     weights = calm.weights()
     calm.stop()
 
-    module, _, function = name.rpartition(".")
-    first = Process(tmp_path / "state", DIE_IN.format(module=module, name=function))
+    first = Process(tmp_path / "state", dying_in(name))
     first.publish(calibrated_bundle(rounds=[1, 0]))
     device, calibrator = first.join("a"), first.join("server", **CALIBRATOR)
     assert device.send(device.work()).status_code == 200
     poll(lambda: isinstance(calibrator.check_in(), Assignment))
     work = calibrator.work()
-    sent = calibrator.send(work)
-    assert sent.status_code == 200
+    calibrator.send_to_the_dying(work)
     assert first.join_process() == -9
     assert [path.name for path in (tmp_path / "state" / "updates").iterdir()] == ["calibration-1"]
 
     second = Process(tmp_path / "state")
     calibrator.coordinator = second
-    assert calibrator.send(work).content == sent.content
+    assert calibrator.send(work).status_code == 200
     assert second.status().state == "finished"
     assert second.weights() == weights
     assert list((tmp_path / "state" / "updates").iterdir()) == []

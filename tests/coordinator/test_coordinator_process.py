@@ -1,7 +1,6 @@
 """The real command in a process of its own: killed, restarted, refused its port, cut off within a body."""
 
 import base64
-import contextlib
 import os
 import socket
 import subprocess
@@ -12,7 +11,6 @@ from hashlib import sha256
 from pathlib import Path
 from statistics import median
 
-import httpx
 import pytest
 from coordinator_harness import (
     REPORT,
@@ -20,6 +18,7 @@ from coordinator_harness import (
     Device,
     InProcess,
     Process,
+    dying_in,
     make_bundle,
     path_of,
     poll,
@@ -31,13 +30,6 @@ from lamina.plans.plan import Cohort
 from lamina.wire import Assignment, Wait
 
 COHORT = Cohort(size=3)
-
-DIE_IN = """
-import os, signal
-import {module} as module
-module.{name} = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-"""
-"""Power loss at the moment when the coordinator would call this function."""
 
 
 @pytest.fixture
@@ -80,24 +72,20 @@ def test_a_kill_within_a_round_loses_nothing(tmp_path: Path, calm: dict[str, byt
 
 
 @pytest.mark.parametrize(
-    ("module", "name"),
+    "name",
     [
-        ("coordinator.aggregation.aggregator", "aggregate_round"),  # accepted, not aggregated
-        ("coordinator.aggregation.aggregator", "commit_round"),  # the new weights are blobs, no row names them
-        ("coordinator.aggregation.aggregator", "remove_updates"),  # committed, the updates' bodies are still there
+        "aggregate_round",  # accepted, not aggregated
+        "commit_round",  # the new weights are blobs, no row names them
+        "remove_updates",  # committed, the updates' bodies are still there
     ],
 )
-def test_a_kill_between_acceptance_and_the_next_round_loses_nothing(
-    tmp_path: Path, calm: dict[str, bytes], module: str, name: str
-) -> None:
-    first = Process(tmp_path / "state", DIE_IN.format(module=module, name=name))
+def test_a_kill_between_acceptance_and_the_next_round_loses_nothing(tmp_path: Path, calm: dict[str, bytes], name: str) -> None:
+    first = Process(tmp_path / "state", dying_in(f"coordinator.aggregation.aggregator.{name}"))
     devices = start_round(first)
     *others, last = devices
     for device in others:
         assert device.send(device.work()).status_code == 200
-    work = last.work()
-    with contextlib.suppress(httpx.TransportError):  # the worker may die before the answer is out
-        assert last.send(work).status_code == 200
+    last.send_to_the_dying(last.work())
     assert first.join_process() == -9
 
     second = Process(tmp_path / "state")
@@ -114,7 +102,7 @@ def test_a_kill_between_acceptance_and_the_next_round_loses_nothing(
 
 def test_a_kill_before_the_commit_leaves_the_update_to_be_sent_again(tmp_path: Path, calm: dict[str, bytes]) -> None:
     """The body is in place, the row is not: the device had no answer, so it sends again."""
-    trap = DIE_IN.format(module="coordinator.rounds.updates", name="UpdateRow")
+    trap = dying_in("coordinator.rounds.updates.UpdateRow")
     # The class is also used in queries; only making a row is the moment to die.
     trap = trap.replace("module.UpdateRow = ", "module.UpdateRow.__init__ = ")
     first = Process(tmp_path / "state", trap)
